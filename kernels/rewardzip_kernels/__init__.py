@@ -1,0 +1,8 @@
+"""Tensors in, tensors out: the ops of RewardZip. Each has a reference, a Triton kernel and a CPU kernel.
+
+Importing registers ``torch.ops.rewardzip``; it compiles nothing and looks for no GPU.
+"""
+
+from .int8_dynamic_linear import int8_dynamic_linear as int8_dynamic_linear
+from .int8_linear import int8_linear as int8_linear
+from .quantize import quantize_rows as quantize_rows

@@ -1,0 +1,32 @@
+"""The fast implementation of an op, imported on first use: neither Triton nor Numba is touched before it is needed."""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+_found: dict[tuple[str, str], Callable[..., Any]] = {}
+
+NEEDS = {"gpu": "triton", "cpu": "numba"}
+
+
+def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """``rewardzip_kernels.<device>.<op>.<op>``, or the reference, once with a warning, where its compiler is missing."""
+    try:
+        return _found[device, op]
+    except KeyError:
+        pass
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{device}.{op}"), op)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != NEEDS[device]:
+            raise
+        warnings.warn(
+            f"{NEEDS[device]} is not installed: {op} runs as plain torch on the {device.upper()}, "
+            f"right but slow (pip install {NEEDS[device]})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        function = reference
+    _found[device, op] = function
+    return function
