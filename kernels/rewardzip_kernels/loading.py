@@ -11,14 +11,17 @@ NEEDS = {"gpu": "triton", "cpu": "numba"}
 
 
 def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """``rewardzip_kernels.<device>.<op>.<op>``, or the reference, once with a warning, where its compiler is missing."""
+    """``rewardzip_kernels.<device>.<op>.<op>``, or the reference: with one warning where the compiler is missing."""
     try:
         return _found[device, op]
     except KeyError:
         pass
+    module = f"{__package__}.{device}.{op}"
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{device}.{op}"), op)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), op)
     except ImportError as error:
+        if error.name == module:  # this op has no kernel of its own for this device
+            return _found.setdefault((device, op), reference)
         if (error.name or "").partition(".")[0] != NEEDS[device]:
             raise
         warnings.warn(
