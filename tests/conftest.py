@@ -20,3 +20,12 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Every fresh tensor is full of NaN (integers: of their largest value), so an element never written is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -63,11 +63,20 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Host calls that between them launch every kernel in every tile class its rule can give."""
-    for m, n, k in ((1, 4096, 4096), (16, 1024, 4096), (64, 4096, 4096), (1024, 4096, 4096), (4096, 4096, 4096)):
+    for m, n, k in (
+        (1, 4096, 4096),
+        (16, 1024, 4096),
+        (64, 4096, 4096),
+        (1024, 4096, 4096),
+        (4096, 4096, 4096),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             yield f"int8_linear {m}x{n}x{k} {name}", partial(_linear, "int8_linear", m, n, k, dtype)
-        yield f"int8_dynamic_linear {m}x{n}x{k}", partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32)
+        yield (
+            f"int8_dynamic_linear {m}x{n}x{k}",
+            partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
+        )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
 
 
@@ -128,7 +137,10 @@ def _usage(compiled: Any) -> tuple[int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -153,8 +165,15 @@ def rows_of(case: str, target: str) -> list[Row]:
         tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
         rows.append(
             Row(
-                case, kernel.__name__, target, " ".join(str(v) for v in tile.values()), options["num_warps"],
-                registers, stack, compiled.metadata.shared, _instructions(compiled),
+                case,
+                kernel.__name__,
+                target,
+                " ".join(str(v) for v in tile.values()),
+                options["num_warps"],
+                registers,
+                stack,
+                compiled.metadata.shared,
+                _instructions(compiled),
             )  # fmt: skip
         )
     return rows

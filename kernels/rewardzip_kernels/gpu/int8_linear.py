@@ -21,7 +21,12 @@ from ..checks import dense_rows
 from .activations import activate
 from .launch import aligned, launch
 
-TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+TL_DTYPE = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.int8: tl.int8,
+}
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def _int8_linear_kernel(
     # rows and outputs past the end repeat the last one and are not stored: no mask inside the loop
     x_tile = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_stride + (first + k)[:, None]
     w_tile = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + (first + k)[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if COMPUTE == tl.int8 else tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if tl.int8 == COMPUTE else tl.float32)
     for step in range(steps):
         if EVEN_K:
             w, x = tl.load(w_tile), tl.load(x_tile)
@@ -107,7 +112,7 @@ def _int8_gemv_kernel(
     k = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + m * x_stride + k
     w_tile = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    SUM: tl.constexpr = tl.int32 if COMPUTE == tl.int8 else tl.float32
+    SUM: tl.constexpr = tl.int32 if tl.int8 == COMPUTE else tl.float32
     acc = tl.zeros([BLOCK_N, BLOCK_K], SUM)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -189,7 +194,18 @@ def weights_times_rows(
     entry, parameter = activations.parse(activation)
     t = tile(m, n, k, x.element_size())
     epilogue = (entry.name, parameter)
-    key = (x.dtype, y.dtype, compute, aligned(x, weight, scale, bias, row_scale, y), bias is None, n, k, x.stride(0), t, epilogue)
+    key = (
+        x.dtype,
+        y.dtype,
+        compute,
+        aligned(x, weight, scale, bias, row_scale, y),
+        bias is None,
+        n,
+        k,
+        x.stride(0),
+        t,
+        epilogue,
+    )
     tensors = (x, weight, scale, bias, row_scale, y)
     sizes = (m, n, k, x.stride(0))
     even_k = k % (t.block_k * t.split_k) == 0
