@@ -47,7 +47,8 @@ def quantize_rows_reference(x: Tensor, static_scale: Tensor | None, q: Tensor, s
         finite = amax.isfinite()
         if static_scale is None:
             amax = amax.clamp(min=TINY)
-            step, inverse = amax / QMAX, QMAX / amax
+            # not ``QMAX / amax``: torch makes that a reciprocal and a product, rounded twice
+            step, inverse = amax / QMAX, torch.full_like(amax, QMAX) / amax
         else:
             step, inverse = static_scale.expand_as(amax), (1.0 / static_scale).expand_as(amax)
         scaled = torch.where(finite[:, None], rows * inverse[:, None], 0.0)

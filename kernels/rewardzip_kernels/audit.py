@@ -1,0 +1,211 @@
+"""Every kernel compiled for several architectures, with no GPU: registers, spills, shared memory, instructions.
+
+    python -m rewardzip_kernels.audit [--json] [--target sm_90 ...]
+
+The host code runs on meta tensors and its launches are recorded, so what is compiled is what would be launched: the
+same tiles, types, alignment and options. The machine code is read with the tools that Triton ships.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# bytes of shared memory one block may use
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+TENSOR_CORE = {
+    "wgmma, A in registers": r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*\{",
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mma.sync": r"mma\.sync",
+    "mfma": r"v_mfma",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel in one tile on one target."""
+
+    case: str
+    kernel: str
+    target: str
+    tile: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    instructions: str
+
+
+def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    from .gpu.int8_dynamic_linear import int8_dynamic_linear
+    from .gpu.int8_linear import int8_linear
+
+    x = torch.empty(m, k, dtype=dtype, device="meta")
+    weight = torch.empty(n, k, dtype=torch.int8, device="meta")
+    scale = torch.empty(n, device="meta")
+    run = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}[op]
+    run(x, weight, scale, scale, "relu")
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Host calls that between them launch every kernel in every tile class its rule can give."""
+    for m, n, k in (
+        (1, 4096, 4096),
+        (16, 1024, 4096),
+        (64, 4096, 4096),
+        (1024, 4096, 4096),
+        (4096, 4096, 4096),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            yield f"int8_linear {m}x{n}x{k} {name}", partial(_linear, "int8_linear", m, n, k, dtype)
+        yield (
+            f"int8_dynamic_linear {m}x{n}x{k}",
+            partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
+        )
+    yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
+
+
+def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The launches of a host call: (kernel, arguments, options), nothing run."""
+    from .gpu import launch
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    before = launch.off_gpu
+    launch.off_gpu = lambda kernel, grid, args, options: launches.append((kernel, args, options))
+    try:
+        case()
+    finally:
+        launch.off_gpu = before
+    return launches
+
+
+def compile_for(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Any:
+    """Triton's compiled kernel, specialised for ``args`` as a launch would specialise it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for parameter, value in zip(kernel.params, args, strict=True):
+        where = (parameter.num,)
+        fixed = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else value is None
+        if parameter.is_constexpr or fixed:
+            signature[parameter.name], constants[where] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+            dtype = str(value.dtype).removeprefix("torch.")
+            signature[parameter.name] = "*" + names.get(dtype, dtype.replace("int", "i"))
+            attributes[where] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[where] = [["tt.divisibility", 16]]
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options)
+
+
+def _usage(compiled: Any) -> tuple[int, int]:
+    """(registers a thread, bytes of stack) out of the machine code."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        return (
+            int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
+            int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),  # type: ignore[index]
+        )
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__path__[0]) / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _instructions(compiled: Any) -> str:
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    for name, pattern in TENSOR_CORE.items():
+        if re.search(pattern, text):
+            types = re.search(r"(?:wgmma\.mma_async\S+?|mma\.sync\S+?)\.(m\d+n\d+k\d+\S*)", text)
+            return f"{name} {types[1]}" if types else name
+    return "-"
+
+
+def rows_of(case: str, target: str) -> list[Row]:
+    rows = []
+    for kernel, args, options in recorded(dict(cases())[case]):
+        compiled = compile_for(kernel, args, options, target)
+        registers, stack = _usage(compiled)
+        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
+        rows.append(
+            Row(
+                case,
+                kernel.__name__,
+                target,
+                " ".join(str(v) for v in tile.values()),
+                options["num_warps"],
+                registers,
+                stack,
+                compiled.metadata.shared,
+                _instructions(compiled),
+            )  # fmt: skip
+        )
+    return rows
+
+
+def audit(targets: tuple[str, ...] = TARGETS, workers: int = 1) -> list[Row]:
+    """Compile everything; the same launch met in two cases is listed once."""
+    jobs = [(case, target) for target in targets for case, _ in cases()]
+    with ProcessPoolExecutor(workers) as pool:
+        found = [row for rows in pool.map(rows_of, *zip(*jobs, strict=True)) for row in rows]
+    seen: dict[tuple[Any, ...], Row] = {}
+    for row in found:
+        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers), row)
+    return list(seen.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rewardzip_kernels.audit", description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--json", action="store_true", help="one object a row instead of the table")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    rows = audit(tuple(options.target or TARGETS), options.workers)
+    if options.json:
+        json.dump([asdict(row) for row in rows], sys.stdout, indent=1)
+        return
+    table = [("case", "kernel", "target", "tile", "warps", "regs", "stack", "shared", "instruction")]
+    table += [tuple(str(v) for v in asdict(row).values()) for row in rows]  # type: ignore[misc]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Launching a Triton kernel for less than Triton's own launcher costs.
+
+Triton works out on every call which compiled variant its arguments select. Here the caller names that with a key, once
+per layer and batch class, and later calls go straight to the compiled kernel. The key must hold all that specialises:
+the kernel, the device, every dtype, pointer alignment, the integers Triton looks at, and the constants.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+_compiled: dict[tuple[Hashable, ...], Any] = {}
+
+
+def aligned(*tensors: Tensor | None) -> bool | tuple[bool, ...]:
+    """True where all start on 16 bytes, as what torch allocates does; otherwise each one's own answer."""
+    bits = 0
+    for t in tensors:
+        if t is not None:
+            bits |= t.data_ptr()
+    return True if bits % 16 == 0 else tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def interpret(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Triton's interpreter, where TRITON_INTERPRET=1 was set before the kernels were imported."""
+    kernel[grid](*args, **options)
+
+
+# what a launch on anything but a GPU does; the audit records it instead
+off_gpu = interpret
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], args: tuple[Any, ...], **options: Any):
+    """Run ``kernel`` over ``grid``; ``args`` are all its parameters in order, ``options`` those of the compiler."""
+    device = args[0].device
+    key = (kernel, device.index, *key)
+    compiled = _compiled.get(key)
+    if compiled is not None and knobs.runtime.launch_enter_hook is None:
+        if device.index == torch.cuda.current_device():
+            _run(compiled, grid, device.index, args)
+        else:
+            with torch.cuda.device(device):
+                _run(compiled, grid, device.index, args)
+        return
+    if device.type != "cuda":
+        off_gpu(kernel, grid, args, options)
+        return
+    with torch.cuda.device(device):
+        _compiled[key] = kernel[grid](*args, **options)
+
+
+def _run(compiled: Any, grid: tuple[int, int, int], device: int, args: tuple[Any, ...]) -> None:
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
