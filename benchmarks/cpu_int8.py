@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
 from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference
 from rewardzip_kernels.int8_linear import int8_linear_reference

@@ -7,7 +7,7 @@ the last place (ulp) or absolute; the table in ``rewardzip_kernels/activations.p
 from numba import njit
 from numpy import float32, int32, rint
 
-from .pointers import bits, from_bits, multiply_add
+from .pointers import from_bits, multiply_add
 
 inlined = njit(error_model="numpy")
 
@@ -170,6 +170,5 @@ def softplus(x, _):
 
 
 ACTIVATIONS = {
-    f.__name__: f
-    for f in (none, relu, leaky_relu, elu, tanh, sigmoid, silu, gelu, gelu_tanh, mish, softplus)
+    f.__name__: f for f in (none, relu, leaky_relu, elu, tanh, sigmoid, silu, gelu, gelu_tanh, mish, softplus)
 }

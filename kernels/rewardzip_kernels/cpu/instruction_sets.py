@@ -22,7 +22,7 @@ I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """``rows`` by ``vectors`` is the register tile: the accumulators and its operands fill the registers, none spill."""
+    """``rows`` by ``vectors`` is the register tile: the accumulators and operands fill the registers, none spill."""
 
     name: str
     features: tuple[str, ...]

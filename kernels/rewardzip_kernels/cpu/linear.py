@@ -134,7 +134,8 @@ def linear(
         bias_at = bias.data_ptr()
     row_bytes = layer.padded_k * kind.item
     block = min(block_rows(row_bytes), m)
-    fixed = layer.address, scale.data_ptr(), bias_at, 0 if x_scale is None else x_scale.data_ptr(), parameter, stride, block  # fmt: skip
+    static = 0 if x_scale is None else x_scale.data_ptr()
+    fixed = layer.address, scale.data_ptr(), bias_at, static, parameter, stride, block
     x_at, y_at, size, panels = x.data_ptr(), y.data_ptr(), block * (row_bytes + 4), layer.count
     if m * n * k < threads.PARALLEL_WORK or (count := torch.get_num_threads()) == 1:
         run(*fixed, threads.scratch(size), x_at, m, y_at, 0, panels)

@@ -1,9 +1,9 @@
 """Raw memory in Numba: typed loads and stores at an address, so that a kernel takes plain integers and no arrays.
 
-    f32(address)            a pointer to float32; i64, i32, i8, u8 likewise
-    load(pointer, i)        pointer[i], with no wrap-around of negative indices and no bounds check
-    store(pointer, i, v)    pointer[i] = v
-    stack(dtype, count)()   the address of ``count`` elements on the stack
+f32(address)            a pointer to float32; i64, i32, i8, u8 likewise
+load(pointer, i)        pointer[i], with no wrap-around of negative indices and no bounds check
+store(pointer, i, v)    pointer[i] = v
+stack(dtype, count)()   the address of ``count`` elements on the stack
 """
 
 from llvmlite import ir

@@ -91,9 +91,7 @@ def emit(builder, kind, rows, x, stride, w, steps, columns, start, sums):
             for phi, value in zip(row, first, strict=True):
                 phi.add_incoming(value, before)
         w_at = builder.mul(step, I64(4 * PANEL))
-        weights = [
-            kind.split_w(builder, _read(builder, w, builder.add(w_at, at), vector)) for at in columns_at
-        ]
+        weights = [kind.split_w(builder, _read(builder, w, builder.add(w_at, at), vector)) for at in columns_at]
         x_at = builder.mul(step, I64(4 * kind.item))
         new = []
         for r in range(rows):
