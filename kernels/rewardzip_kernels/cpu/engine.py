@@ -1,21 +1,20 @@
 """From a Python function to the address of machine code, compiled at first use and kept on disk.
 
-A kernel's arguments are integers (addresses, counts) and floats. It is called through ctypes, which costs less than
-Numba's dispatch and releases the GIL, without the wrapper of a ``cfunc``: all that wrapper adds is the road from a
-Numba exception to Python, and kernels raise none. So its object code needs nothing but libc, and is kept in a file
-named by a hash of all it depends on: this folder's sources, the versions of Numba and llvmlite, the processor, its key.
-Loading it starts neither Numba's type system nor its compiler. A file that cannot be read, written or trusted (its
-first 32 bytes are the hash of the rest) means compiling again, never an error.
+A kernel's arguments are integers (addresses, counts) and floats. ``calling.py`` makes it callable, not Numba's dispatch
+nor the wrapper of a ``cfunc``: all that wrapper adds is the road from a Numba exception to Python, and kernels raise
+none. So its object code needs nothing but libc, and is kept in a file named by a hash of all it depends on: this
+folder's sources, the versions of Numba and llvmlite, the processor, its key. Loading it starts neither Numba's type
+system nor its compiler. A file that cannot be read, written or trusted (its first 32 bytes are the hash of the rest)
+means compiling again, never an error.
 """
 
-import ctypes
 import hashlib
 import os
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numba
 from numba.core import compiler, compiler_lock, config, types
 from numba.core.registry import cpu_target
 
+from .calling import execution_engine, python_function
 from .instruction_sets import target
 
 Build = Callable[[], tuple[Callable[..., None], str]]
@@ -33,11 +33,7 @@ _lock = threading.Lock()
 _kernels: dict[tuple[str, ...], Any] = {}
 _kept_alive: list[Any] = []
 
-# where a kernel's result (None) and exception (none) are written, and never read
-_results_memory = ctypes.create_string_buffer(16)
-_results = ctypes.addressof(_results_memory)
-
-_TYPES = {"i": (types.int64, ctypes.c_int64), "f": (types.float32, ctypes.c_float)}
+_TYPES = {"i": types.int64, "f": types.float32}
 
 
 def kernel(key: tuple[str, ...], build: Build) -> Any:
@@ -72,9 +68,7 @@ def _load_or_compile(key: tuple[str, ...], build: Build) -> Any:
         function, arguments = build()
         name, code, address = _compile(function, arguments)
         _write(path, _pack(arguments, name, code))
-    # Numba's own convention: int32 status(result*, exception**, arguments)
-    function_type = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *(_TYPES[a][1] for a in arguments))
-    return partial(function_type(address), _results, _results + 8)
+    return python_function(address, arguments)
 
 
 def _compile(function: Callable[..., None], arguments: str) -> tuple[str, bytes, int]:
@@ -82,7 +76,7 @@ def _compile(function: Callable[..., None], arguments: str) -> tuple[str, bytes,
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     contexts = cpu_target.typing_context, cpu_target.target_context
-    types_ = tuple(_TYPES[a][0] for a in arguments)
+    types_ = tuple(_TYPES[a] for a in arguments)
     with compiler_lock.global_compiler_lock:
         compiled = compiler.compile_extra(*contexts, function, types_, types.void, flags, {})
         name, library = compiled.fndesc.llvm_func_name, compiled.library
@@ -92,10 +86,7 @@ def _compile(function: Callable[..., None], arguments: str) -> tuple[str, bytes,
 
 
 def _link(name: str, code: bytes) -> int:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine = execution_engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _kept_alive.append(engine)
