@@ -53,6 +53,6 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)
-            why = reason_to_leave(name, m, Int8()) if plain else "a subclass of nn.Linear"
+            why = reason_to_leave([name], m, Int8()) if plain else "a subclass of nn.Linear"
             found.append(Layer(name, type(m).__name__, "none", why or "not chosen", size, size))
     return found

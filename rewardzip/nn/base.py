@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 
 class CompressedLinear(nn.Module):
@@ -76,10 +77,11 @@ def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    original, mask = getattr(linear, "weight_orig", None), getattr(linear, "weight_mask", None)
-    if original is not None and mask is not None:
-        # torch.nn.utils.prune applies the mask in a hook before forward: the attribute may lag behind
-        weight = original * mask
+    if is_pruned(linear):
+        # the masks are applied in hooks before forward: the attributes may lag behind
+        for hook in linear._forward_pre_hooks.values():
+            masked = hook.apply_mask(linear)
+            weight, bias = (masked, bias) if hook._tensor_name == "weight" else (weight, masked)
     if is_conv1d(linear):
         weight = weight.t()
     if weight.is_meta:
@@ -87,6 +89,13 @@ def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"{kind}: weight is {weight.dtype}; it must be float32, float16 or bfloat16")
     return weight.detach(), None if bias is None else bias.detach()
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune has put masks on the module, and nothing else is hooked to it."""
+    others = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = module._forward_pre_hooks.values()
+    return bool(hooks) and not any(others) and all(isinstance(hook, BasePruningMethod) for hook in hooks)
 
 
 def is_conv1d(module: nn.Module) -> bool:
