@@ -116,7 +116,12 @@ def _fuse_anew(module: Any) -> None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nothing but its class says what the module computes."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return "forward" not in module.__dict__ and not any(hooks)
 
 
@@ -128,7 +133,10 @@ def fuse(module: nn.Module) -> str | None:
     if not isinstance(kind.forward, FunctionType) or hasattr(kind.forward, "__wrapped__"):
         return "its forward is decorated"
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    if not {p.kind for p in parameters} <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY}:
+    if not {p.kind for p in parameters} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.POSITIONAL_ONLY,
+    }:
         return "its forward takes *args, **kwargs or keyword-only arguments"
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     if not all(isinstance(value, str | int | float | None) for value in defaults.values()):
@@ -199,7 +207,9 @@ def _misread(code: CodeType) -> str | None:
     steps = list(dis.get_instructions(code))
     names = {step.opname for step in steps}
     outside = {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(code.co_freevars)
-    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in zip(steps, steps[1:], strict=False))
+    dropped = (
+        a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in zip(steps, steps[1:], strict=False)
+    )
     if "PUSH_EXC_INFO" in names:
         return "has a with or a try"
     if names & {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL"} or outside:
@@ -254,7 +264,9 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return name if value is None else f"{name}:{float(value)}"
 
 
-def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]) -> None:
+def _install(
+    module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]
+) -> None:
     kind, forward = type(module), type(traced).forward
     if defaults:
         run, original = forward, kind.forward
