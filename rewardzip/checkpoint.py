@@ -117,14 +117,10 @@ def load(
     layers = {name: _layer(name, spec, tensors, source) for name, spec in config["layers"].items()}
     if into is None:
         if config["model"] is None:
-            raise CheckpointError(
-                f"{source}: the model is not an MLP of known parts; give load(into=...) one to fill"
-            )
+            raise CheckpointError(f"{source}: the model is not an MLP of known parts; give load(into=...) one to fill")
         try:
             with torch.device("meta"):
-                model = _build(
-                    config["model"], "", {name: make("meta") for name, make in layers.items()}, source
-                )
+                model = _build(config["model"], "", {name: make("meta") for name, make in layers.items()}, source)
         except RecursionError:
             raise CheckpointError(f"{source}/{CONFIG}: the model is nested too deep") from None
         _check_tensors(model.state_dict(), tensors, type(model), source)
@@ -133,9 +129,7 @@ def load(
         model.load_state_dict({name: parameters.get(id(t), t) for name, t in tensors.items()}, assign=True)
     else:
         _check_skeleton(into, layers, tensors, source)
-        model = put(
-            into, {name: make(into.get_submodule(name).weight.device) for name, make in layers.items()}
-        )
+        model = put(into, {name: make(into.get_submodule(name).weight.device) for name, make in layers.items()})
         model.load_state_dict(tensors)
     fuse_forwards(model)
     return model.eval() if device is None else model.eval().to(device)
@@ -186,17 +180,13 @@ def _build(tree: Any, name: str, layers: dict[str, CompressedLinear], source: Pa
     known, fields = MODULES.get(tree["type"], (None, ()))
     if known is None:
         raise CheckpointError(f"{where}: {tree['type']!r} is not one of {sorted(MODULES)}")
-    module: nn.Module = _make(
-        known, fields, {k: v for k, v in tree.items() if k not in ("type", "children")}, where
-    )
+    module: nn.Module = _make(known, fields, {k: v for k, v in tree.items() if k not in ("type", "children")}, where)
     children = tree.get("children", {})
     if not isinstance(children, dict):
         raise CheckpointError(f"{where}: children is {children!r}, not a table of named parts")
     theirs, mine = set(children), {child for child, _ in module.named_children()}
     if theirs != mine and known is not nn.Sequential:
-        raise CheckpointError(
-            f"{where}: {tree['type']} has the children {sorted(mine)}, not {sorted(theirs)}"
-        )
+        raise CheckpointError(f"{where}: {tree['type']} has the children {sorted(mine)}, not {sorted(theirs)}")
     for child, sub in children.items():
         part = _build(sub, f"{name}.{child}" if name else child, layers, source)
         try:
@@ -223,9 +213,7 @@ def _make(
         raise CheckpointError(f"{where}: {name}({arguments}) cannot be made: {error}") from error
 
 
-def _layer(
-    name: str, spec: Any, tensors: dict[str, Tensor], source: Path
-) -> Callable[[Any], CompressedLinear]:
+def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Callable[[Any], CompressedLinear]:
     """A function that makes one packed layer on a device, once its tensors have been found to be the right ones."""
     where = f"{source}/{CONFIG}: layer {name!r}"
     op = spec.get("op") if isinstance(spec, dict) else None
@@ -248,9 +236,7 @@ def _layer(
     return make
 
 
-def _check_tensors(
-    mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: type[nn.Module], source: Path
-) -> None:
+def _check_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: type[nn.Module], source: Path) -> None:
     """That the tensors of a model are those of the file, by name, shape and type (a float may be another float)."""
     if mine.keys() != theirs.keys():
         raise CheckpointError(
@@ -281,16 +267,12 @@ def _check_skeleton(
         except AttributeError:
             raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
         if not isinstance(old, nn.Linear | CompressedLinear) and not is_conv1d(old):
-            raise CheckpointError(
-                f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}"
-            )
+            raise CheckpointError(f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}")
         prefix = f"{name}." if name else ""
         mine = {k: v for k, v in mine.items() if not k.startswith(prefix)} | layer.state_dict(prefix=prefix)
     _check_tensors(mine, tensors, type(model), source)
     if any(t.is_meta for t in model.state_dict().values()):
-        raise ValueError(
-            f"load: {type(model).__name__} is on the meta device; give one with memory, by to_empty()"
-        )
+        raise ValueError(f"load: {type(model).__name__} is on the meta device; give one with memory, by to_empty()")
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -313,22 +295,16 @@ def _read_config(source: Path) -> dict[str, Any]:
     try:
         config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{source} has no {CONFIG} to read, it is no model saved by {FORMAT}: {error}"
-        ) from error
+        raise CheckpointError(f"{source} has no {CONFIG} to read, it is no model saved by {FORMAT}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}/{CONFIG} is not JSON: {error}") from error
     known = {"format", "version", "model", "layers", "tied"}
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{source}/{CONFIG} is not a {FORMAT} config")
     if type(config.get("version")) is not int or config["version"] != VERSION:
-        raise CheckpointError(
-            f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}"
-        )
+        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}")
     if config.keys() != known:
-        raise CheckpointError(
-            f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}"
-        )
+        raise CheckpointError(f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}")
     if not isinstance(config["layers"], dict) or not isinstance(config["tied"], dict):
         raise CheckpointError(f"{source}/{CONFIG}: layers and tied must be tables")
     return config
@@ -344,9 +320,7 @@ def _read_tensors(source: Path, tied: dict[str, Any]) -> dict[str, Tensor]:
     shared = {}
     for name, same in tied.items():
         if name in tensors or not isinstance(same, str) or same not in tensors:
-            raise CheckpointError(
-                f"{source}/{CONFIG} ties {name!r} to {same!r}; {WEIGHTS} has {sorted(tensors)}"
-            )
+            raise CheckpointError(f"{source}/{CONFIG} ties {name!r} to {same!r}; {WEIGHTS} has {sorted(tensors)}")
         shared[name] = tensors[same]
     return {**tensors, **shared}
 

@@ -207,9 +207,7 @@ def _misread(code: CodeType) -> str | None:
     steps = list(dis.get_instructions(code))
     names = {step.opname for step in steps}
     outside = {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(code.co_freevars)
-    dropped = (
-        a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in zip(steps, steps[1:], strict=False)
-    )
+    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in zip(steps, steps[1:], strict=False))
     if "PUSH_EXC_INFO" in names:
         return "has a with or a try"
     if names & {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL"} or outside:
@@ -264,9 +262,7 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return name if value is None else f"{name}:{float(value)}"
 
 
-def _install(
-    module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]
-) -> None:
+def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]) -> None:
     kind, forward = type(module), type(traced).forward
     if defaults:
         run, original = forward, kind.forward

@@ -46,9 +46,7 @@ def swap(
         linears.setdefault(linear, []).append(name)
     if not linears:
         raise ValueError(f"swap: {type(model).__name__} has no nn.Linear to replace")
-    reasons = {
-        linear: reason_to_leave(names, linear, config, skip, filter) for linear, names in linears.items()
-    }
+    reasons = {linear: reason_to_leave(names, linear, config, skip, filter) for linear, names in linears.items()}
     left = {linears[linear][0]: reason for linear, reason in reasons.items() if reason}
     chosen = {linear: names for linear, names in linears.items() if not reasons[linear]}
     ranges = _input_ranges(model, chosen, example_inputs) if config.needs_range else {}
@@ -89,13 +87,9 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
             try:
                 source = model.get_submodule(name)
             except AttributeError:
-                raise ValueError(
-                    f"refresh: the packed model has a layer {name!r}, the dense one has none"
-                ) from None
+                raise ValueError(f"refresh: the packed model has a layer {name!r}, the dense one has none") from None
             if not isinstance(source, nn.Linear) and not is_conv1d(source):
-                raise ValueError(
-                    f"refresh: layer {name!r} is {type(source).__name__}, not a dense linear layer"
-                )
+                raise ValueError(f"refresh: layer {name!r} is {type(source).__name__}, not a dense linear layer")
             layer.check_refresh(source)
             pairs.append((layer, source))
     packed = {id(t) for layer, _ in pairs for t in layer.buffers()}
@@ -137,9 +131,7 @@ def _owns_activated(module: nn.Module) -> bool:
     for child in children:
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             children += child.children()
-    names = (
-        set(type(module).forward.__code__.co_names) if hasattr(type(module).forward, "__code__") else set()
-    )
+    names = set(type(module).forward.__code__.co_names) if hasattr(type(module).forward, "__code__") else set()
     active = bool(names & {"relu", "relu_", "tanh", "sigmoid", "elu", "leaky_relu", "silu", "mish", "gelu"})
     active |= any(type(child).__module__ == "torch.nn.modules.activation" for child in children)
     return active and any(isinstance(child, CompressedLinear) for child in children)
@@ -153,9 +145,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in _modules(model):
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(
-                f"swap: {name!r} is {type(module).__name__}: run one batch through the model first"
-            )
+            raise ValueError(f"swap: {name!r} is {type(module).__name__}: run one batch through the model first")
         # subclasses override forward: replacing them would drop what they add
         if type(module) is nn.Linear or is_conv1d(module):
             yield name, module  # type: ignore[misc]
@@ -192,9 +182,7 @@ def _check_choice(model: nn.Module, kind: str, choice: Choice | None) -> None:
     names = [name for name, _ in _dense_layers(model)]
     for pattern in [choice] if isinstance(choice, str) else choice:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"swap: {kind} {pattern!r} matches no linear layer; there are {', '.join(names)}"
-            )
+            raise ValueError(f"swap: {kind} {pattern!r} matches no linear layer; there are {', '.join(names)}")
 
 
 def _copy(model: Model, memo: dict[int, Any] | None = None) -> Model:
@@ -207,9 +195,7 @@ def _copy(model: Model, memo: dict[int, Any] | None = None) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def _input_ranges(
-    model: nn.Module, chosen: dict[nn.Linear, list[str]], example_inputs: Any
-) -> dict[str, float]:
+def _input_ranges(model: nn.Module, chosen: dict[nn.Linear, list[str]], example_inputs: Any) -> dict[str, float]:
     """The largest input magnitude each layer sees while the model runs on the example inputs."""
     # a copy, since running a model may change it: batch norms, counters
     model = _copy(model).eval()

@@ -57,17 +57,26 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x = torch.empty(m, k, dtype=dtype, device="meta")
     weight = torch.empty(n, k, dtype=torch.int8, device="meta")
     scale = torch.empty(n, device="meta")
-    run = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}[op]
-    run(x, weight, scale, scale, "relu")
+    runs: dict[str, Any] = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}
+    runs[op](x, weight, scale, scale, "relu")
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Host calls that between them launch every kernel in every tile class its rule can give."""
-    for m, n, k in ((1, 4096, 4096), (16, 1024, 4096), (64, 4096, 4096), (1024, 4096, 4096), (4096, 4096, 4096)):
+    for m, n, k in (
+        (1, 4096, 4096),
+        (16, 1024, 4096),
+        (64, 4096, 4096),
+        (1024, 4096, 4096),
+        (4096, 4096, 4096),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             yield f"int8_linear {m}x{n}x{k} {name}", partial(_linear, "int8_linear", m, n, k, dtype)
-        yield f"int8_dynamic_linear {m}x{n}x{k}", partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32)
+        yield (
+            f"int8_dynamic_linear {m}x{n}x{k}",
+            partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
+        )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
 
 
@@ -128,7 +137,10 @@ def _usage(compiled: Any) -> tuple[int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -151,12 +163,9 @@ def rows_of(case: str, target: str) -> list[Row]:
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
         tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
-        rows.append(
-            Row(
-                case, kernel.__name__, target, " ".join(str(v) for v in tile.values()), options["num_warps"],
-                registers, stack, compiled.metadata.shared, _instructions(compiled),
-            )  # fmt: skip
-        )
+        sizes = " ".join(str(size) for size in tile.values())
+        used = (options["num_warps"], registers, stack, compiled.metadata.shared, _instructions(compiled))
+        rows.append(Row(case, kernel.__name__, target, sizes, *used))
     return rows
 
 

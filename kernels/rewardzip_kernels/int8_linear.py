@@ -76,7 +76,7 @@ def linear_input_gradient(ctx: Any, grad: Tensor, pre_activation: Any) -> Tensor
         point = saved if entry.from_output else pre_activation(saved, weight, scale, bias, "none", ctx.extra)
         inner *= entry.derivative(point.float(), parameter)
     inner = inner.to(grad.dtype)
-    return inner @ weight.to(grad.dtype)
+    return torch.matmul(inner, weight.to(grad.dtype))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

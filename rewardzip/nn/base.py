@@ -52,9 +52,7 @@ class CompressedLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same numbers."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.fp32_bias is not None, "meta", self.dtype
-        )
+        linear = nn.Linear(self.in_features, self.out_features, self.fp32_bias is not None, "meta", self.dtype)
         linear.weight = nn.Parameter(self.weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
-from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
 from torch import Tensor, nn
+
+from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
 
 from .base import CompressedLinear, check_source
 
