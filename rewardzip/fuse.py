@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import copyreg
 import dis
+import gc
 import inspect
 import sys
 import textwrap
@@ -172,7 +173,9 @@ def _trace(module: nn.Module, defaults: dict[str, Any]) -> fx.Graph | None:
     # tracing writes to the module: here to a twin that shares its children
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    before, profile = set(twin.__dict__), sys.getprofile()
+    before, profile, collecting = set(twin.__dict__), sys.getprofile(), gc.isenabled()
+    # nothing but the author's code shall run: no finalizer, no callback of the collector
+    gc.disable()
     sys.setprofile(_read)
     try:
         with warnings.catch_warnings():
@@ -180,6 +183,8 @@ def _trace(module: nn.Module, defaults: dict[str, Any]) -> fx.Graph | None:
             graph = _Tracer().trace(twin, concrete_args=defaults or None)
     finally:
         sys.setprofile(profile)
+        if collecting:
+            gc.enable()
     return graph if set(twin.__dict__) == before else None
 
 
