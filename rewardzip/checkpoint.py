@@ -259,6 +259,11 @@ def _check_skeleton(
     source: Path,
 ) -> None:
     """Everything that could stop the filling, found before the first change."""
+
+    def dense_shape(old: nn.Module) -> tuple[int, int, bool]:
+        out, features = old.weight.t().shape if is_conv1d(old) else old.weight.shape
+        return out, features, old.bias is not None
+
     mine = model.state_dict()
     for name, make in layers.items():
         layer = make("meta")
@@ -268,6 +273,11 @@ def _check_skeleton(
             raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
         if not isinstance(old, nn.Linear | CompressedLinear) and not is_conv1d(old):
             raise CheckpointError(f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}")
+        theirs, found = (layer.out_features, layer.in_features, layer.fp32_bias is not None), dense_shape(old)
+        if found != theirs:
+            raise CheckpointError(
+                f"{source}: layer {name!r} is (out, in, bias) {theirs}, in {type(model).__name__} {found}"
+            )
         prefix = f"{name}." if name else ""
         mine = {k: v for k, v in mine.items() if not k.startswith(prefix)} | layer.state_dict(prefix=prefix)
     _check_tensors(mine, tensors, type(model), source)
