@@ -110,7 +110,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def load(
     folder: str | os.PathLike[str], *, into: nn.Module | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Read a model back, in eval mode. MLPs need nothing else; another model is filled ``into`` one of its own class."""
+    """Read a model back, in eval mode. MLPs need nothing else; other models are filled ``into`` one of their class."""
     source = Path(folder)
     config = _read_config(source)
     tensors = _read_tensors(source, config["tied"])
@@ -159,9 +159,9 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         return None
     if isinstance(module, CompressedLinear):
         return {"type": "packed"}
-    known, fields = MODULES.get(kind.__name__, (None, ()))
-    if known is not kind:
+    if kind.__name__ not in MODULES or MODULES[kind.__name__][0] is not kind:
         return None
+    fields = MODULES[kind.__name__][1]
     described = {"type": kind.__name__, **_settings(module, fields)}
     children = {name: _describe(child) for name, child in module._modules.items() if child is not None}
     if any(child is None for child in children.values()):
@@ -240,7 +240,8 @@ def _check_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: typ
     """That the tensors of a model are those of the file, by name, shape and type (a float may be another float)."""
     if mine.keys() != theirs.keys():
         raise CheckpointError(
-            f"{source}: {kind.__name__} and {WEIGHTS} do not have the same tensors: {sorted(mine.keys() ^ theirs.keys())}"
+            f"{source}: {kind.__name__} and {WEIGHTS} do not have the same tensors: "
+            f"{sorted(mine.keys() ^ theirs.keys())}"
         )
     for name, tensor in mine.items():
         found = theirs[name]
@@ -260,9 +261,9 @@ def _check_skeleton(
 ) -> None:
     """Everything that could stop the filling, found before the first change."""
 
-    def dense_shape(old: nn.Module) -> tuple[int, int, bool]:
-        out, features = old.weight.t().shape if is_conv1d(old) else old.weight.shape
-        return out, features, old.bias is not None
+    def outside(layer: nn.Linear | CompressedLinear) -> tuple[int, int, bool]:
+        out, features = layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape
+        return out, features, layer.bias is not None
 
     mine = model.state_dict()
     for name, make in layers.items():
@@ -273,10 +274,10 @@ def _check_skeleton(
             raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
         if not isinstance(old, nn.Linear | CompressedLinear) and not is_conv1d(old):
             raise CheckpointError(f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}")
-        theirs, found = (layer.out_features, layer.in_features, layer.fp32_bias is not None), dense_shape(old)
-        if found != theirs:
+        if outside(old) != outside(layer):
             raise CheckpointError(
-                f"{source}: layer {name!r} is (out, in, bias) {theirs}, in {type(model).__name__} {found}"
+                f"{source}: layer {name!r} is {outside(layer)} (out, in, bias), "
+                f"in {type(model).__name__} {outside(old)}"
             )
         prefix = f"{name}." if name else ""
         mine = {k: v for k, v in mine.items() if not k.startswith(prefix)} | layer.state_dict(prefix=prefix)

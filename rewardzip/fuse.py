@@ -21,6 +21,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -97,7 +98,7 @@ def _blank(kind: type[nn.Module]) -> Any:
 
 def _subclass(kind: type[nn.Module], names: dict[str, Any]) -> type[nn.Module]:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **names}
-    return type(kind)(kind.__name__, (FusedForward, kind), names)
+    return type(kind.__name__, (FusedForward, kind), names)
 
 
 def original_class(module: Any) -> type[nn.Module]:
@@ -212,7 +213,7 @@ def _misread(code: CodeType) -> str | None:
     steps = list(dis.get_instructions(code))
     names = {step.opname for step in steps}
     outside = {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(code.co_freevars)
-    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in zip(steps, steps[1:], strict=False))
+    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in pairwise(steps))
     if "PUSH_EXC_INFO" in names:
         return "has a with or a try"
     if names & {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL"} or outside:

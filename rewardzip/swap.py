@@ -73,7 +73,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     dense = {}
     for name, layer in _modules(model):
         if isinstance(layer, FusedForward):
-            unfuse(layer)  # type: ignore[arg-type]
+            unfuse(layer)
         if isinstance(layer, CompressedLinear):
             dense[name] = made.setdefault(id(layer), layer.to_linear())
     return put(model, dense)
@@ -108,8 +108,8 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
         for layer, source in pairs:
             layer.refresh(source)
-        for tensor, source in copies:
-            tensor.copy_(source)
+        for tensor, dense in copies:
+            tensor.copy_(dense)
 
 
 def fuse_forwards(model: nn.Module) -> dict[str, str]:
@@ -148,11 +148,11 @@ def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             raise ValueError(f"swap: {name!r} is {type(module).__name__}: run one batch through the model first")
         # subclasses override forward: replacing them would drop what they add
         if type(module) is nn.Linear or is_conv1d(module):
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def reason_to_leave(
-    names: list[str], linear: nn.Module, config: Int8, skip: Choice = (), filter: Choice | None = None
+    names: list[str], linear: nn.Linear, config: Int8, skip: Choice = (), filter: Choice | None = None
 ) -> str | None:
     """Why a layer stays dense, None where nothing speaks against it; a shared layer goes by several names."""
     outputs = linear.weight.shape[1] if is_conv1d(linear) else linear.weight.shape[0]

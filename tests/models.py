@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def fused(model: nn.Module) -> dict[str, str]:
 
 def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU, outputs: int = 3) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for k, n in zip(sizes, sizes[1:], strict=False):
+    for k, n in pairwise(sizes):
         layers += [nn.Linear(k, n), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 

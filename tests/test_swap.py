@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_replaced_forward_is_left():
 def test_attention_and_encoder_layer():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    with pytest.raises(ValueError, match="no nn.Linear"):
+    with pytest.raises(ValueError, match=r"no nn.Linear"):
         rz.swap(attention, rz.Int8())
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     fast = swapped(model)
@@ -338,7 +339,7 @@ def test_one_output_is_left_unless_asked():
     model = rz.RewardMLP(3, 2, (8,))
     assert set(packed(rz.swap(model, rz.Int8()))) == {"net.0"}
     assert set(packed(rz.swap(model, rz.Int8(scalar_outputs=True)))) == {"net.0", "net.2"}
-    with pytest.warns(UserWarning, match="changed nothing.*one output"):
+    with pytest.warns(UserWarning, match=r"changed nothing.*one output"):
         rz.swap(nn.Sequential(nn.Linear(4, 1)), rz.Int8())
 
 
@@ -359,9 +360,9 @@ def test_skip_and_filter():
 
 
 def test_nothing_to_swap():
-    with pytest.raises(ValueError, match="ReLU has no nn.Linear"):
+    with pytest.raises(ValueError, match=r"ReLU has no nn.Linear"):
         rz.swap(nn.ReLU(), rz.Int8())
-    with pytest.raises(ValueError, match="no nn.Linear"):
+    with pytest.raises(ValueError, match=r"no nn.Linear"):
         rz.swap(rz.swap(mlp(4, 4), rz.Int8()), rz.Int8())
 
 
@@ -495,7 +496,7 @@ def test_flags_are_kept():
 
 
 class Registering:
-    kinds: list[type] = []
+    kinds: ClassVar[list[type]] = []
 
     def __init_subclass__(cls, **kwargs):
         cls.kinds.append(cls)
@@ -557,7 +558,7 @@ def test_float16_range():
     x = torch.randn(3, 4)
     fast = rz.swap(model, rz.Int8(compute_dtype="float16"), x)
     assert fast[0].compute_dtype == torch.float16
-    with pytest.raises(ValueError, match="'0' sees inputs up to 1e\\+06, but float16 ends at 65504"):
+    with pytest.raises(ValueError, match=r"'0' sees inputs up to 1e\+06, but float16 ends at 65504"):
         rz.swap(model, rz.Int8(compute_dtype="float16"), torch.full((1, 4), 1e6))
     with pytest.raises(ValueError, match="needs example_inputs"):
         rz.swap(model, rz.Int8(compute_dtype="float16"))
@@ -627,7 +628,7 @@ def test_state_dict_is_plain():
     other.load_state_dict(state)
     x = torch.randn(3, 5)
     assert torch.equal(other(x), fast(x))
-    with pytest.raises(RuntimeError, match="0.weight"):
+    with pytest.raises(RuntimeError, match=r"0.weight"):
         fast.load_state_dict(mlp(5, 16, 8).state_dict())
 
 

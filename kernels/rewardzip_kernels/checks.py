@@ -43,5 +43,5 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def shaped_like(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N], a fresh tensor, as [..., N] for x [..., K]: not as a view, which autograd lets nobody change in place."""
+    """y [M, N], a fresh tensor, as [..., N] for x [..., K]; a view would be one that nobody may change in place."""
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]

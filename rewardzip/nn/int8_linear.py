@@ -55,7 +55,7 @@ class Int8Linear(CompressedLinear):
         if rows == "static":
             if x_amax is None or not 0 < x_amax < torch.inf:
                 raise ValueError(f"Int8Linear: rows='static' needs x_amax, the largest input magnitude, got {x_amax}")
-            layer.x_scale.fill_(x_amax / 127)
+            layer.x_scale = torch.full((1,), x_amax / 127, device=weight.device)
         layer.refresh(linear)
         bad = int((~layer.scale.isfinite()).sum())
         if bad:
@@ -65,7 +65,7 @@ class Int8Linear(CompressedLinear):
     def refresh(self, linear: nn.Linear) -> None:
         weight, bias = self.check_refresh(linear)
         quantize_rows(weight, out=(self.int8_weight, self.scale))
-        if bias is not None:
+        if bias is not None and self.fp32_bias is not None:
             self.fp32_bias.copy_(bias)
 
     @property
@@ -86,3 +86,4 @@ class Int8Linear(CompressedLinear):
 
     int8_weight: Tensor
     scale: Tensor
+    x_scale: Tensor | None
