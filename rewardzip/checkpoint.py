@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,13 +17,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .fuse import original_class
+from .fuse import is_plain, original_class
 from .models import RewardMLP
 from .nn import CompressedLinear, Int8Linear
-from .swap import fuse_forwards
+from .nn.base import is_conv1d
+from .swap import fuse_forwards, put
 
 FORMAT, VERSION = "rewardzip", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# the types a dense model may have, whichever its class makes
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -36,6 +41,7 @@ LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
     for kind, fields in (
+        (nn.Sequential, ()),
         (RewardMLP, ("state_dim", "action_dim", "hidden")),
         (nn.Linear, ("in_features", "out_features", "bias")),
         (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine", "bias")),
@@ -50,9 +56,32 @@ MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 }
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# what the arguments may be: torch's own constructors take almost anything and fail later
+ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("in_features", "out_features", "state_dim", "action_dim"), _is_size),
+    **dict.fromkeys(("hidden", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
+    **dict.fromkeys(("start_dim", "end_dim"), lambda v: type(v) is int),
+    **dict.fromkeys(("bias", "elementwise_affine"), lambda v: type(v) is bool),
+    **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
+    "approximate": lambda v: v in ("none", "tanh"),
+    "rows": lambda v: v in ("float", "dynamic", "static"),
+    "dtype": lambda v: v in ("float32", "float16", "bfloat16", "float64"),
+    "compute_dtype": lambda v: v in (None, "float32", "float16", "bfloat16"),
+}
+
+
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the model; an older save in the same folder is replaced in one step, or not at all."""
-    target = Path(folder)
+    # of a link, what it points to is replaced
+    target = Path(folder).resolve()
     _check_target(target)
     tensors, tied = _tensors(model)
     config = {
@@ -66,11 +95,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         },
         "tied": tied,
     }
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         safetensors.torch.save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (draft / CONFIG).write_text(text, encoding="utf-8")
         draft.chmod(0o755)
         _put_in_place(draft, target)
     finally:
@@ -80,157 +110,180 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def load(
     folder: str | os.PathLike[str], *, into: nn.Module | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Read a model back, in eval mode. MLPs need nothing else; another model is filled ``into`` one of its own class."""
+    """Read a model back, in eval mode. MLPs need nothing else; other models are filled ``into`` one of their class."""
     source = Path(folder)
     config = _read_config(source)
     tensors = _read_tensors(source, config["tied"])
-    layers = {name: _layer(name, spec, tensors) for name, spec in config["layers"].items()}
+    layers = {name: _layer(name, spec, tensors, source) for name, spec in config["layers"].items()}
     if into is None:
         if config["model"] is None:
             raise CheckpointError(f"{source}: the model is not an MLP of known parts; give load(into=...) one to fill")
-        with torch.device("meta"):
-            model = _build(config["model"], "", {n: make() for n, make in layers.items()}, str(source))
-        _check_names(model, tensors, source)
-        model.load_state_dict(tensors, assign=True)
+        try:
+            with torch.device("meta"):
+                model = _build(config["model"], "", {name: make("meta") for name, make in layers.items()}, source)
+        except RecursionError:
+            raise CheckpointError(f"{source}/{CONFIG}: the model is nested too deep") from None
+        _check_tensors(model.state_dict(), tensors, type(model), source)
+        # one parameter for all names of a tied tensor
+        parameters = {id(p): nn.Parameter(p) for n, p in tensors.items() if n in _parameter_names(model)}
+        model.load_state_dict({name: parameters.get(id(t), t) for name, t in tensors.items()}, assign=True)
     else:
-        model = into
-        _check_skeleton(model, layers, tensors, source)
-        for name, make in layers.items():
-            parent, _, child = name.rpartition(".")
-            old = model.get_submodule(name)
-            at = next(iter([*old.parameters(), *old.buffers()]))
-            made = make().to_empty(device=at.device)
-            model = made if not name else model
-            if name:
-                setattr(model.get_submodule(parent), child, made)
+        _check_skeleton(into, layers, tensors, source)
+        model = put(into, {name: make(into.get_submodule(name).weight.device) for name, make in layers.items()})
         model.load_state_dict(tensors)
     fuse_forwards(model)
     return model.eval() if device is None else model.eval().to(device)
 
 
+def _parameter_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
 def _settings(module: nn.Module, fields: tuple[str, ...]) -> dict[str, Any]:
-    return {field: _plain(getattr(module, field)) for field in fields}
+    return {field: _plain(field, getattr(module, field)) for field in fields}
 
 
-def _plain(value: Any) -> Any:
+def _plain(field: str, value: Any) -> Any:
     """An argument as JSON has it: dtypes by name, tuples as lists, a bias by whether there is one."""
+    if field == "bias":
+        return value is not None
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, tuple):
-        return list(value)
-    return value is not None if isinstance(value, Tensor) or value is None else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _describe(module: nn.Module) -> dict[str, Any] | None:
     """The module as a tree of known parts, None where one part is unknown."""
     kind = original_class(module)
+    if not is_plain(module):
+        return None
     if isinstance(module, CompressedLinear):
         return {"type": "packed"}
-    if kind is nn.Sequential:
-        described: dict[str, Any] = {"type": "Sequential"}
-    elif MODULES.get(kind.__name__, (None,))[0] is kind:
-        described = {"type": kind.__name__, **_settings(module, MODULES[kind.__name__][1])}
-    else:
+    if kind.__name__ not in MODULES or MODULES[kind.__name__][0] is not kind:
         return None
-    children = {name: _describe(child) for name, child in module.named_children()}
+    fields = MODULES[kind.__name__][1]
+    described = {"type": kind.__name__, **_settings(module, fields)}
+    children = {name: _describe(child) for name, child in module._modules.items() if child is not None}
     if any(child is None for child in children.values()):
         return None
     return {**described, "children": children} if children else described
 
 
-def _build(tree: Any, name: str, layers: dict[str, CompressedLinear], source: str) -> nn.Module:
+def _build(tree: Any, name: str, layers: dict[str, CompressedLinear], source: Path) -> nn.Module:
     where = f"{source}/{CONFIG}: {name or 'model'}"
     if not isinstance(tree, dict) or not isinstance(tree.get("type"), str):
         raise CheckpointError(f"{where}: {tree!r} is not a part with a type")
-    arguments = {k: v for k, v in tree.items() if k not in ("type", "children")}
     if tree["type"] == "packed":
         if name not in layers or len(tree) > 1:
             raise CheckpointError(f"{where} is packed, but layers has {sorted(layers)}")
         return layers[name]
+    known, fields = MODULES.get(tree["type"], (None, ()))
+    if known is None:
+        raise CheckpointError(f"{where}: {tree['type']!r} is not one of {sorted(MODULES)}")
+    module: nn.Module = _make(known, fields, {k: v for k, v in tree.items() if k not in ("type", "children")}, where)
     children = tree.get("children", {})
-    if not isinstance(children, dict) or not all(c.isidentifier() or c.isdigit() for c in children):
-        raise CheckpointError(f"{where}: children is not a table of named parts")
-    parts = {child: _build(sub, f"{name}.{child}" if name else child, layers, source) for child, sub in children.items()}
-    if tree["type"] == "Sequential" and not arguments:
-        module: nn.Module = nn.Sequential()
-    else:
-        known, fields = MODULES.get(tree["type"], (None, ()))
-        if known is None or set(arguments) != set(fields):
-            raise CheckpointError(f"{where}: {tree['type']} with {sorted(arguments)}; it takes {sorted(fields)}")
+    if not isinstance(children, dict):
+        raise CheckpointError(f"{where}: children is {children!r}, not a table of named parts")
+    theirs, mine = set(children), {child for child, _ in module.named_children()}
+    if theirs != mine and known is not nn.Sequential:
+        raise CheckpointError(f"{where}: {tree['type']} has the children {sorted(mine)}, not {sorted(theirs)}")
+    for child, sub in children.items():
+        part = _build(sub, f"{name}.{child}" if name else child, layers, source)
         try:
-            module = known(**arguments)
-        except Exception as error:
-            raise CheckpointError(f"{where}: {tree['type']}({arguments}) cannot be made: {error}") from error
-        if set(parts) != {child for child, _ in module.named_children()}:
-            raise CheckpointError(f"{where}: {tree['type']} has other children than {sorted(parts)}")
-    for child, part in parts.items():
-        module.add_module(child, part)
+            module.add_module(child, part)
+        except KeyError as error:
+            raise CheckpointError(f"{where}: a part cannot be called {child!r}: {error}") from error
     return module
 
 
-def _layer(name: str, spec: Any, tensors: dict[str, Tensor]) -> Callable[[], CompressedLinear]:
-    """A function that makes one packed layer on meta, its settings and the shapes of its tensors checked."""
-    kind, fields = LAYERS.get(spec.get("op") if isinstance(spec, dict) else None, (None, ()))  # type: ignore[arg-type]
-    if kind is None:
-        raise CheckpointError(f"layer {name!r}: {spec!r} is not one of {sorted(LAYERS)}")
-    arguments = {k: v for k, v in spec.items() if k != "op"}
+def _make(
+    kind: Callable[..., Any], fields: tuple[str, ...], arguments: dict[str, Any], where: str, **device: Any
+) -> Any:
+    """``kind(**arguments)``, once they have been found to be its fields and of the right types."""
+    name = kind.__name__
     if set(arguments) != set(fields):
-        raise CheckpointError(f"layer {name!r} has the fields {sorted(arguments)}; {kind.__name__} takes {sorted(fields)}")
-    for field in ("dtype", "compute_dtype"):
-        text = arguments[field]
-        if text not in ("float32", "float16", "bfloat16", False if field == "compute_dtype" else "float32"):
-            raise CheckpointError(f"layer {name!r}: {field} is {text!r}")
-        arguments[field] = getattr(torch, text) if text else None
-    for field in ("in_features", "out_features"):
-        if type(arguments[field]) is not int or arguments[field] < 1:
-            raise CheckpointError(f"layer {name!r}: {field} is {arguments[field]!r}; it must be 1 or more")
+        raise CheckpointError(f"{where} has the fields {sorted(arguments)}; {name} takes {sorted(fields)}")
+    wrong = {field: value for field, value in arguments.items() if not ARGUMENTS[field](value)}
+    if wrong:
+        raise CheckpointError(f"{where}: {name} cannot be made with {wrong}")
+    dtypes = {f: getattr(torch, v) for f, v in arguments.items() if f in ("dtype", "compute_dtype") and v}
     try:
-        layer = kind(**arguments, device="meta")
+        return kind(**{**arguments, **dtypes, **device})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"layer {name!r}: {error}") from error
-    for buffer, expected in layer.state_dict(prefix=f"{name}." if name else "").items():
+        raise CheckpointError(f"{where}: {name}({arguments}) cannot be made: {error}") from error
+
+
+def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Callable[[Any], CompressedLinear]:
+    """A function that makes one packed layer on a device, once its tensors have been found to be the right ones."""
+    where = f"{source}/{CONFIG}: layer {name!r}"
+    op = spec.get("op") if isinstance(spec, dict) else None
+    if not isinstance(op, str) or op not in LAYERS:
+        raise CheckpointError(f"{where}: {spec!r} is not one of {sorted(LAYERS)}")
+    kind, fields = LAYERS[op]
+    arguments = {field: value for field, value in spec.items() if field != "op"}
+
+    def make(device: Any) -> CompressedLinear:
+        layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
+        return layer
+
+    for buffer, expected in make("meta").state_dict(prefix=f"{name}." if name else "").items():
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
-                f"{CONFIG} says {buffer!r} is {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
+                f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
-    return lambda: kind(**arguments, device="meta")
+    return make
 
 
-def _check_names(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    expected = model.state_dict()
-    if expected.keys() != tensors.keys():
-        odd = sorted(expected.keys() ^ tensors.keys())
-        raise CheckpointError(f"{source}: the model and {WEIGHTS} do not have the same tensors: {odd}")
-    for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{source}: {name!r} is {tuple(tensor.shape)} in the model, {tuple(tensors[name].shape)} in {WEIGHTS}"
-            )
-
-
-def _check_skeleton(model: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> None:
-    """Everything that could stop the filling, found before the first change."""
-    packed = tuple(f"{name}." if name else "" for name in layers)
-    for name in layers:
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
-    mine = {k: v for k, v in model.state_dict().items() if not packed or not k.startswith(packed)}
-    theirs = {k: v for k, v in tensors.items() if not packed or not k.startswith(packed)}
+def _check_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: type[nn.Module], source: Path) -> None:
+    """That the tensors of a model are those of the file, by name, shape and type (a float may be another float)."""
     if mine.keys() != theirs.keys():
         raise CheckpointError(
-            f"{source}: {type(model).__name__} and {WEIGHTS} do not have the same tensors: "
+            f"{source}: {kind.__name__} and {WEIGHTS} do not have the same tensors: "
             f"{sorted(mine.keys() ^ theirs.keys())}"
         )
     for name, tensor in mine.items():
-        if tensor.shape != theirs[name].shape:
+        found = theirs[name]
+        alike = found.dtype == tensor.dtype or (found.dtype in FLOATS and tensor.dtype in FLOATS)
+        if tensor.shape != found.shape or not alike:
             raise CheckpointError(
-                f"{source}: {name!r} is {tuple(tensor.shape)} in {type(model).__name__}, "
-                f"{tuple(theirs[name].shape)} in {WEIGHTS}"
+                f"{source}: {name!r} is {tensor.dtype} {tuple(tensor.shape)} in {kind.__name__}, "
+                f"{found.dtype} {tuple(found.shape)} in {WEIGHTS}"
             )
+
+
+def _check_skeleton(
+    model: nn.Module,
+    layers: dict[str, Callable[[Any], CompressedLinear]],
+    tensors: dict[str, Tensor],
+    source: Path,
+) -> None:
+    """Everything that could stop the filling, found before the first change."""
+
+    def outside(layer: nn.Linear | CompressedLinear) -> tuple[int, int, bool]:
+        out, features = layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape
+        return out, features, layer.bias is not None
+
+    mine = model.state_dict()
+    for name, make in layers.items():
+        layer = make("meta")
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
+        if not isinstance(old, nn.Linear | CompressedLinear) and not is_conv1d(old):
+            raise CheckpointError(f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}")
+        if outside(old) != outside(layer):
+            raise CheckpointError(
+                f"{source}: layer {name!r} is {outside(layer)} (out, in, bias), "
+                f"in {type(model).__name__} {outside(old)}"
+            )
+        prefix = f"{name}." if name else ""
+        mine = {k: v for k, v in mine.items() if not k.startswith(prefix)} | layer.state_dict(prefix=prefix)
+    _check_tensors(mine, tensors, type(model), source)
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise ValueError(f"load: {type(model).__name__} is on the meta device; give one with memory, by to_empty()")
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -251,15 +304,15 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_config(source: Path) -> dict[str, Any]:
     try:
-        config = json.loads((source / CONFIG).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{source} has no {CONFIG}: not a model saved by rewardzip") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{source} has no {CONFIG} to read, it is no model saved by {FORMAT}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}/{CONFIG} is not JSON: {error}") from error
     known = {"format", "version", "model", "layers", "tied"}
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{source}/{CONFIG} is not a {FORMAT} config")
-    if config.get("version") != VERSION:
+    if type(config.get("version")) is not int or config["version"] != VERSION:
         raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}")
     if config.keys() != known:
         raise CheckpointError(f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}")
@@ -268,18 +321,19 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(source: Path, tied: dict[str, str]) -> dict[str, Tensor]:
+def _read_tensors(source: Path, tied: dict[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(source / WEIGHTS)
-    except FileNotFoundError:
-        raise CheckpointError(f"{source} has no {WEIGHTS}") from None
-    except safetensors.SafetensorError as error:
+    except OSError as error:
+        raise CheckpointError(f"{source} has no {WEIGHTS} to read: {error}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}/{WEIGHTS} is corrupt or cut short: {error}") from error
+    shared = {}
     for name, same in tied.items():
-        if same not in tensors:
-            raise CheckpointError(f"{source}/{CONFIG} ties {name!r} to {same!r}, which {WEIGHTS} does not have")
-        tensors[name] = tensors[same]
-    return tensors
+        if name in tensors or not isinstance(same, str) or same not in tensors:
+            raise CheckpointError(f"{source}/{CONFIG} ties {name!r} to {same!r}; {WEIGHTS} has {sorted(tensors)}")
+        shared[name] = tensors[same]
+    return {**tensors, **shared}
 
 
 def _check_target(target: Path) -> None:
@@ -295,9 +349,13 @@ def _check_target(target: Path) -> None:
 
 def _put_in_place(draft: Path, target: Path) -> None:
     """The finished folder under its final name, the older one gone, with no moment in between."""
-    if not target.exists():
+    try:
         draft.rename(target)
         return
+    except OSError:
+        # something stands there already, perhaps put there this moment by another process
+        if not target.exists():
+            raise
     exchange = 2  # RENAME_EXCHANGE of renameat2(2); AT_FDCWD is -100
     try:
         failed = ctypes.CDLL(None).renameat2(-100, os.fsencode(draft), -100, os.fsencode(target), exchange)

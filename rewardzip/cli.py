@@ -35,6 +35,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a model saved by rz.sav
 def doctor() -> None:
     """What this machine has, and which implementation each op will use."""
     import torch
+
     from rewardzip_kernels.loading import available
 
     typer.echo(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")

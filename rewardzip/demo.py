@@ -64,7 +64,7 @@ def main(steps: int = 20_000, training_steps: int = 2_000) -> None:
     console.print(str(explain(models["int8"])), markup=False, highlight=False)
 
     amp_type = torch.float16 if device == "cuda" else torch.bfloat16
-    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(models)  # type: ignore[arg-type]
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(models)
     runs = {"fp32": runs.pop("fp32"), f"AMP {str(amp_type)[6:]}": _amp(model, device, amp_type), **runs}
     with torch.no_grad():
         _fidelity(console, runs, test, reward[:held_out])

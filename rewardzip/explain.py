@@ -47,12 +47,11 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(m, CompressedLinear):
             after = sum(b.numel() * b.element_size() for b in m.buffers())
             dense = (m.in_features + (m.fp32_bias is not None)) * m.out_features * m.dtype.itemsize
-            activation = fused.get(name, "none")
-            why = "its activation in the same launch" if name in fused else "no activation behind it was found"
-            found.append(Layer(name, type(m).__name__, activation, why, dense, after))
+            reason = "its activation in the same launch" if name in fused else "no activation behind it was found"
+            found.append(Layer(name, type(m).__name__, fused.get(name, "none"), reason, dense, after))
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)
-            why = reason_to_leave(name, m, Int8()) if plain else "a subclass of nn.Linear"
+            why = reason_to_leave([name], m, Int8()) if plain else "a subclass of nn.Linear"
             found.append(Layer(name, type(m).__name__, "none", why or "not chosen", size, size))
     return found

@@ -42,37 +42,43 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
+    flags = {module: module.training for module in model.modules()}
     model.train()
     losses = []
     columns = (TextColumn("fit"), BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
-        task = bar.add_task("fit", total=steps, loss="")
-        for step in range(steps):
-            pick = torch.randint(rows, (min(batch_size, rows),), generator=generator)
-            batch = [t[pick].to(device) for t in data]
-            with torch.autocast(device.type, amp) if amp else nullcontext():
-                if loss == "mse":
-                    reward = model(*batch[:inputs])
-                    if reward.shape != batch[inputs].shape:
-                        raise ValueError(
-                            f"fit: the model gives {tuple(reward.shape)}, the rewards are {tuple(batch[inputs].shape)}"
-                        )
-                    value = F.mse_loss(reward.float(), batch[inputs].float())
-                else:
-                    margin = model(*batch[:inputs]) - model(*batch[inputs:])
-                    value = -F.logsigmoid(margin.float()).mean()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            losses.append(float(value.detach()))
-            bar.advance(task)
-            if step % 50 == 0 or step == steps - 1:
-                bar.update(task, loss=f"loss {losses[-1]:.3g}")
-    model.train(was_training)
+    try:
+        with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+            task = bar.add_task("fit", total=steps, loss="")
+            for step in range(steps):
+                pick = torch.randint(rows, (min(batch_size, rows),), generator=generator)
+                batch = [t[pick].to(device) for t in data]
+                with torch.autocast(device.type, amp) if amp else nullcontext():
+                    value = _loss(model, batch, inputs, loss)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(value).backward()
+                scale = scaler.get_scale()
+                scaler.step(optimizer)
+                scaler.update()
+                if scaler.get_scale() >= scale:  # else the gradients overflowed and no step was taken
+                    schedule.step()
+                losses.append(float(value.detach()))
+                bar.advance(task)
+                if step % 50 == 0 or step == steps - 1:
+                    bar.update(task, loss=f"loss {losses[-1]:.3g}")
+    finally:
+        for module, training in flags.items():
+            module.training = training
     return losses
+
+
+def _loss(model: nn.Module, batch: list[Tensor], inputs: int, loss: Loss) -> Tensor:
+    if loss == "bradley-terry":
+        margin = model(*batch[:inputs]) - model(*batch[inputs:])
+        return -F.logsigmoid(margin.float()).mean()
+    reward, wanted = model(*batch[:inputs]), batch[inputs]
+    if reward.shape != wanted.shape:
+        raise ValueError(f"fit: the model gives {tuple(reward.shape)}, the rewards are {tuple(wanted.shape)}")
+    return F.mse_loss(reward.float(), wanted.float())
 
 
 def _check(data: Sequence[Tensor], loss: str) -> int:

@@ -5,17 +5,24 @@ state dict are unchanged; only the traced forward differs, and in it ``self.fc1(
 two calls stood. Code that calls the children in another order therefore still gets what it asks for.
 
 Only a module's own code is traced (``torch.fx``, every child a leaf), and only code that tracing cannot misread: no
-branches but on the module's settings, no context managers, no assignments to ``self``.
+branches but on the module's settings, no context managers, no assignments to ``self``. Every Python function is read as
+it is entered, before it runs, wherever it came from: a property, a parent's forward, a helper in a table.
 """
 
 from __future__ import annotations
 
 import ast
+import copyreg
 import dis
+import gc
 import inspect
+import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -54,6 +61,23 @@ class FusedForward:
 
     fused: dict[str, str]
 
+    def __init_subclass__(cls) -> None:
+        """Silent to the author's class, which may keep a list of its subclasses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # a slice of an nn.Sequential is made by calling its class: what is made anew is the author's
+        unfuse(self)  # type: ignore[arg-type]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "training":
+            _fuse_anew(self)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)  # type: ignore[misc]
+        _fuse_anew(self)
+
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
         calls = ", ".join(f"{name} + {activation}" for name, activation in self.fused.items())
@@ -61,14 +85,20 @@ class FusedForward:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class exists in this process only: a copy is made from the author's class and fused again
-        return _rebuild, (original_class(self), self.__dict__)
+        return _blank, (original_class(self),), self.__getstate__()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _fuse_anew(self)
 
 
-def _rebuild(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = kind.__new__(kind)
-    module.__setstate__(state)
-    fuse(module)
-    return module
+def _blank(kind: type[nn.Module]) -> Any:
+    return copyreg.__newobj__(_subclass(kind, {}))  # type: ignore[attr-defined]
+
+
+def _subclass(kind: type[nn.Module], names: dict[str, Any]) -> type[nn.Module]:
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **names}
+    return type(kind.__name__, (FusedForward, kind), names)
 
 
 def original_class(module: Any) -> type[nn.Module]:
@@ -77,7 +107,24 @@ def original_class(module: Any) -> type[nn.Module]:
 
 
 def unfuse(module: nn.Module) -> None:
-    module.__class__ = original_class(module)
+    # past the module's own __setattr__, which would fuse it again
+    object.__setattr__(module, "__class__", original_class(module))
+
+
+def _fuse_anew(module: Any) -> None:
+    unfuse(module)
+    fuse(module)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but its class says what the module computes."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return "forward" not in module.__dict__ and not any(hooks)
 
 
 def fuse(module: nn.Module) -> str | None:
@@ -85,31 +132,99 @@ def fuse(module: nn.Module) -> str | None:
     kind = type(module)
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    reason = _misreadable(kind.forward, kind)
-    if reason:
-        return reason
-    required = [p for p in inspect.signature(kind.forward).parameters.values()][1:]
-    defaults = {p.name: p.default for p in required if p.default is not p.empty}
-    sizes = {name: len(v) for name, v in module.__dict__.items() if isinstance(v, list | dict | set)}
+    if not isinstance(kind.forward, FunctionType) or hasattr(kind.forward, "__wrapped__"):
+        return "its forward is decorated"
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if not {p.kind for p in parameters} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.POSITIONAL_ONLY,
+    }:
+        return "its forward takes *args, **kwargs or keyword-only arguments"
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if not all(isinstance(value, str | int | float | None) for value in defaults.values()):
+        return "its forward has defaults that are no plain values"
     try:
-        graph = _Tracer().trace(module, concrete_args=defaults or None)
+        graph, again = _trace(module, defaults), _trace(module, defaults)
+    except _Misreadable as error:
+        return str(error)
     except Exception as error:  # whatever the author's code raises when it meets a proxy
         return f"torch.fx cannot trace it ({type(error).__name__})"
-    finally:
-        constants = [name for name in module.__dict__ if name.startswith("_tensor_constant")]
-        for name in constants:
-            delattr(module, name)
-    if constants or sizes != {n: len(v) for n, v in module.__dict__.items() if isinstance(v, list | dict | set)}:
-        return "it makes tensors or keeps a record of its own"
+    if graph is None or again is None or graph.python_code("self").src != again.python_code("self").src:
+        return "it makes tensors or numbers of its own"
     fused = _fold_activations(module, graph)
     if fused:
-        _install(module, fx.GraphModule(module, graph), fused, n_defaults=len(defaults))
+        _install(module, fx.GraphModule(module, graph), fused, tuple(defaults.values()))
     return None
 
 
+class _Misreadable(Exception):
+    pass
+
+
 class _Tracer(fx.Tracer):
+    # so that a number read from a buffer is read again at each call
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+def _trace(module: nn.Module, defaults: dict[str, Any]) -> fx.Graph | None:
+    """The graph of the module's own code; None where tracing it left tensors behind."""
+    # tracing writes to the module: here to a twin that shares its children
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    before, profile, collecting = set(twin.__dict__), sys.getprofile(), gc.isenabled()
+    # nothing but the author's code shall run: no finalizer, no callback of the collector
+    gc.disable()
+    sys.setprofile(_read)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = _Tracer().trace(twin, concrete_args=defaults or None)
+    finally:
+        sys.setprofile(profile)
+        if collecting:
+            gc.enable()
+    return graph if set(twin.__dict__) == before else None
+
+
+def _read(frame: FrameType, event: str, _: Any) -> None:
+    """As a profiler: look at each function entered, except those of torch and of Python itself."""
+    if event == "call" and _package(frame) not in _TRUSTED:
+        reason = _misread(frame.f_code)
+        if reason:
+            raise _Misreadable(f"{frame.f_code.co_name} {reason}")
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+_TRUSTED = {"torch", *sys.stdlib_module_names} - {"__main__"}
+
+# what reads differently, or is not seen to be read, while proxies stand for tensors
+_HIDDEN = {"training", "isinstance", "hasattr", "callable"}
+
+
+@lru_cache(maxsize=256)
+def _misread(code: CodeType) -> str | None:
+    """Why tracing this code could bake in something that is not always so; None where it could not."""
+    steps = list(dis.get_instructions(code))
+    names = {step.opname for step in steps}
+    outside = {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(code.co_freevars)
+    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in pairwise(steps))
+    if "PUSH_EXC_INFO" in names:
+        return "has a with or a try"
+    if names & {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL"} or outside:
+        return "assigns to what outlives the call"
+    if any(dropped):
+        return "calls something for its side effect"
+    if _HIDDEN & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))} or "IS_OP" in names:
+        return "asks what its arguments are, or whether it is training"
+    if any("JUMP" in name and "_IF_" in name for name in names) and not _branches_on_settings(code):
+        return "branches on its arguments"
+    return None
 
 
 def _fold_activations(module: nn.Module, graph: fx.Graph) -> dict[str, str]:
@@ -119,11 +234,12 @@ def _fold_activations(module: nn.Module, graph: fx.Graph) -> dict[str, str]:
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         name = str(source.target)
-        if not isinstance(module.get_submodule(name), CompressedLinear) or "activation" in source.kwargs:
+        layer = module.get_submodule(name)
+        if not isinstance(layer, CompressedLinear) or not is_plain(layer) or "activation" in source.kwargs:
             continue
         activation = _activation(module, node)
         if activation is not None:
-            source.kwargs = {"activation": activation}
+            source.kwargs = {**source.kwargs, "activation": activation}
             node.replace_all_uses_with(source)
             graph.erase_node(node)
             fused[name] = activation
@@ -135,7 +251,7 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     if node.op == "call_module":
         child = module.get_submodule(str(node.target))
         describe = MODULES.get(type(child))
-        return describe(child) if describe and not has_hooks(child) else None
+        return describe(child) if describe and is_plain(child) else None
     if node.op not in ("call_function", "call_method") or node.target not in FUNCTIONS:
         return None
     name, keyword = FUNCTIONS[node.target]
@@ -152,68 +268,24 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return name if value is None else f"{name}:{float(value)}"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], n_defaults: int) -> None:
-    base = type(module)
-    forward = type(traced).forward
-    if n_defaults:
-        values = list(inspect.signature(base.forward).parameters.values())[1:]
-        defaults = tuple(p.default for p in values if p.default is not p.empty)
-        required, run, original = len(values) - n_defaults, forward, base.forward
+def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]) -> None:
+    kind, forward = type(module), type(traced).forward
+    if defaults:
+        run, original = forward, kind.forward
+        required = len(inspect.signature(original).parameters) - 1 - len(defaults)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if len(args) == required and not kwargs:
                 return run(self, *args, *defaults)
             return original(self, *args, **kwargs)
 
-    names = {"forward": forward, "fused": fused, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    module.__class__ = type(base.__name__, (FusedForward, base), names)
+    module.__class__ = _subclass(kind, {"forward": forward, "fused": fused})
 
 
-def _misreadable(forward: Any, kind: type) -> str | None:
-    """Why tracing this forward could bake in something that is not always so; None where it could not."""
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        return "its forward is wrapped or inherited from none"
-    kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
-    if not kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY}:
-        return "its forward takes *args, **kwargs or keyword-only arguments"
-    for function in _own_functions(forward, kind, set()):
-        for code in _codes(function.__code__):
-            operations = {i.opname for i in dis.get_instructions(code)}
-            if code.co_exceptiontable or any(name.startswith("STORE_ATTR") for name in operations):
-                return f"{function.__name__} has a with, a try, or an assignment to an attribute"
-            if any("JUMP_IF" in name or name == "STORE_SUBSCR" for name in operations) and not _branches_on_settings(
-                function
-            ):
-                return f"{function.__name__} branches on its arguments"
-    return None
-
-
-def _own_functions(function: FunctionType, kind: type, seen: set[FunctionType]) -> Iterator[FunctionType]:
-    """The function and the Python functions it names that are not torch's: methods of the class and globals."""
-    seen.add(function)
-    yield function
-    for code in _codes(function.__code__):
-        for name in code.co_names:
-            for found in (inspect.getattr_static(kind, name, None), function.__globals__.get(name)):
-                if isinstance(found, FunctionType) and found not in seen and not found.__module__.startswith("torch."):
-                    yield from _own_functions(found, kind, seen)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _branches_on_settings(function: FunctionType) -> bool:
-    """Whether every condition reads attributes of ``self`` alone, and none of them ``training``."""
+def _branches_on_settings(code: CodeType) -> bool:
+    """Whether every condition reads attributes of ``self`` alone, which are the module's settings."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return False
     branching = (ast.While, ast.BoolOp, ast.Match, ast.Assert, ast.comprehension, ast.Subscript)
@@ -222,7 +294,5 @@ def _branches_on_settings(function: FunctionType) -> bool:
         return False
     for node in (inner for test in tests for inner in ast.walk(test)):
         if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id != "self"):
-            return False
-        if isinstance(node, ast.Attribute) and node.attr == "training":
             return False
     return True

@@ -1,6 +1,7 @@
 """The reward model of (state, action) that most of the field uses."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class RewardMLP(nn.Module):
             raise ValueError(f"RewardMLP: state_dim={state_dim}, action_dim={action_dim}, hidden={tuple(hidden)}")
         self.state_dim, self.action_dim, self.hidden = state_dim, action_dim, tuple(hidden)
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(sizes, sizes[1:], strict=False):
+        for width_in, width_out in pairwise(sizes):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 

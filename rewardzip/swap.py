@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -11,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .fuse import FusedForward, fuse, has_hooks, unfuse
+from .fuse import FusedForward, fuse, is_plain, unfuse
 from .int8 import Int8
 from .nn import CompressedLinear
-from .nn.base import is_conv1d
+from .nn.base import is_conv1d, is_pruned
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
@@ -40,26 +41,22 @@ def swap(
     _check_choice(model, "filter", filter)
     if config.needs_range and example_inputs is None:
         raise ValueError(f"swap: {config} needs example_inputs to see how large each layer's inputs are")
-    linears = dict(_dense_layers(model))
+    linears: dict[nn.Linear, list[str]] = {}
+    for name, linear in _dense_layers(model):
+        linears.setdefault(linear, []).append(name)
     if not linears:
         raise ValueError(f"swap: {type(model).__name__} has no nn.Linear to replace")
-    left = {}
-    for name, linear in linears.items():
-        reason = reason_to_leave(name, linear, config, skip, filter)
-        if reason:
-            left[name] = reason
-    chosen = {name: linear for name, linear in linears.items() if name not in left}
+    reasons = {linear: reason_to_leave(names, linear, config, skip, filter) for linear, names in linears.items()}
+    left = {linears[linear][0]: reason for linear, reason in reasons.items() if reason}
+    chosen = {linear: names for linear, names in linears.items() if not reasons[linear]}
     ranges = _input_ranges(model, chosen, example_inputs) if config.needs_range else {}
 
-    made: dict[int, Any] = {}
-    for name, linear in chosen.items():
-        if id(linear) not in made:
-            made[id(linear)] = config.make(linear, name, ranges.get(id(linear)))
+    made = {linear: config.make(linear, names[0], ranges.get(names[0])) for linear, names in chosen.items()}
     if inplace:
-        model = _put(model, {name: made[id(linear)] for name, linear in chosen.items()})
+        model = put(model, {name: made[linear] for linear, names in chosen.items() for name in names})
     else:
         # the copy finds each replaced layer copied already
-        model = copy.deepcopy(model, made)
+        model = _copy(model, {id(linear): layer for linear, layer in made.items()})
     notes = fuse_forwards(model)
     if not chosen:
         warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
@@ -71,15 +68,15 @@ def swap(
 def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A copy of a swapped model on ``nn.Linear`` again, with the numbers its compressed layers stand for."""
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model)
     made: dict[int, nn.Module] = {}
     dense = {}
     for name, layer in _modules(model):
         if isinstance(layer, FusedForward):
-            unfuse(layer)  # type: ignore[arg-type]
+            unfuse(layer)
         if isinstance(layer, CompressedLinear):
             dense[name] = made.setdefault(id(layer), layer.to_linear())
-    return _put(model, dense)
+    return put(model, dense)
 
 
 def refresh(fast: nn.Module, model: nn.Module) -> None:
@@ -96,7 +93,10 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
             layer.check_refresh(source)
             pairs.append((layer, source))
     packed = {id(t) for layer, _ in pairs for t in layer.buffers()}
-    theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    theirs = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     copies = []
     for name, tensor in (*fast.named_parameters(), *fast.named_buffers()):
         if id(tensor) in packed:
@@ -108,8 +108,8 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
         for layer, source in pairs:
             layer.refresh(source)
-        for tensor, source in copies:
-            tensor.copy_(source)
+        for tensor, dense in copies:
+            tensor.copy_(dense)
 
 
 def fuse_forwards(model: nn.Module) -> dict[str, str]:
@@ -148,23 +148,23 @@ def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             raise ValueError(f"swap: {name!r} is {type(module).__name__}: run one batch through the model first")
         # subclasses override forward: replacing them would drop what they add
         if type(module) is nn.Linear or is_conv1d(module):
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def reason_to_leave(
-    name: str, linear: nn.Module, config: Int8, skip: Choice = (), filter: Choice | None = None
+    names: list[str], linear: nn.Linear, config: Int8, skip: Choice = (), filter: Choice | None = None
 ) -> str | None:
+    """Why a layer stays dense, None where nothing speaks against it; a shared layer goes by several names."""
     outputs = linear.weight.shape[1] if is_conv1d(linear) else linear.weight.shape[0]
-    pruned = hasattr(linear, "weight_mask") and hasattr(linear, "weight_orig")
-    if _matches(skip, linear, name):
+    if any(_matches(skip, linear, name) for name in names):
         return "skipped"
-    if filter is not None and not _matches(filter, linear, name):
+    if filter is not None and not any(_matches(filter, linear, name) for name in names):
         return "not in filter"
     if outputs == 1 and not config.scalar_outputs:
         return "one output, kept in full precision"
     if "forward" in linear.__dict__:
         return "its forward was replaced"
-    if has_hooks(linear) and not pruned:
+    if not is_plain(linear) and not is_pruned(linear):
         return "it has hooks"
     return None
 
@@ -185,28 +185,43 @@ def _check_choice(model: nn.Module, kind: str, choice: Choice | None) -> None:
             raise ValueError(f"swap: {kind} {pattern!r} matches no linear layer; there are {', '.join(names)}")
 
 
-def _input_ranges(model: nn.Module, chosen: dict[str, nn.Linear], example_inputs: Any) -> dict[int, float]:
+def _copy(model: Model, memo: dict[int, Any] | None = None) -> Model:
+    """A deep copy, also of tensors computed from parameters, such as the weight of a layer under a pruning mask."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _input_ranges(model: nn.Module, chosen: dict[nn.Linear, list[str]], example_inputs: Any) -> dict[str, float]:
     """The largest input magnitude each layer sees while the model runs on the example inputs."""
-    largest: dict[int, float] = {}
+    # a copy, since running a model may change it: batch norms, counters
+    model = _copy(model).eval()
+    largest: dict[str, float] = {}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        amax = float(args[0].detach().abs().max()) if args[0].numel() else 0.0
-        largest[id(module)] = max(largest.get(id(module), 0.0), amax)
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].numel():
+                amax = float(args[0].detach().abs().max())
+                if not math.isfinite(amax):
+                    raise ValueError(f"swap: with the example inputs, layer {name!r} sees inf or NaN")
+                largest[name] = max(largest.get(name, 0.0), amax)
 
-    handles = [linear.register_forward_pre_hook(note) for linear in set(chosen.values())]
-    try:
-        with torch.no_grad():
-            model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, linear in chosen.items():
-        if id(linear) not in largest:
-            raise ValueError(f"swap: the example inputs never reach layer {name!r}; skip it or give others")
+        return note
+
+    for name, *_ in chosen.values():
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+    unseen = [name for name, *_ in chosen.values() if name not in largest]
+    if unseen:
+        raise ValueError(f"swap: the example inputs never reach layer {unseen[0]!r}; skip it or give others")
     return largest
 
 
-def _put(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
+def put(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
     """Set modules by name; the root itself goes by the empty name."""
     for name, layer in layers.items():
         if not name:

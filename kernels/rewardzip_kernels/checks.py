@@ -40,3 +40,8 @@ def dense_rows(x: Tensor) -> Tensor:
     """x [..., K] as [M, K] whose last dimension is dense; a copy only where no view will do."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N], a fresh tensor, as [..., N] for x [..., K]; a view would be one that nobody may change in place."""
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import activations
-from .checks import check_linear, check_vector, dense_rows
+from .checks import check_linear, check_vector, dense_rows, shaped_like
 from .int8_linear import linear_input_gradient, linear_output, linear_setup_context
 from .quantize import QMAX, quantize_rows
 from .registration import register
@@ -45,7 +45,7 @@ def int8_dynamic_linear_reference(
     y = int8_matmul_reference(q, weight) * (row_scale[:, None] * scale)
     if bias is not None:
         y += bias
-    return activations.apply(y, activation).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return shaped_like(x, activations.apply(y, activation).to(x.dtype))
 
 
 def _check(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import activations
-from .checks import FLOATS, check_linear, dense_rows
+from .checks import FLOATS, check_linear, dense_rows, shaped_like
 from .registration import register
 
 
@@ -36,7 +36,7 @@ def int8_linear_reference(
     y *= scale
     if bias is not None:
         y += bias
-    return activations.apply(y, activation).to(x.dtype).reshape(*x.shape[:-1], n)
+    return shaped_like(x, activations.apply(y, activation).to(x.dtype))
 
 
 def _check(
@@ -61,7 +61,9 @@ def linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
     """What the gradient needs: the output where it gives the derivative, otherwise the input to recompute with."""
     x, weight, scale, bias, activation, extra = inputs
     entry, _ = activations.parse(activation)
-    ctx.save_for_backward(output if entry.from_output else x, weight, scale, bias)
+    # without an activation neither: the caller is then free to change both in place
+    point = None if activation == "none" else output if entry.from_output else x
+    ctx.save_for_backward(point, weight, scale, bias)
     ctx.activation, ctx.extra = activation, extra
 
 
@@ -69,9 +71,11 @@ def linear_input_gradient(ctx: Any, grad: Tensor, pre_activation: Any) -> Tensor
     """d y / d x = (grad * act' * scale) @ weight; the rounding of x counts as the identity."""
     saved, weight, scale, bias = ctx.saved_tensors
     entry, parameter = activations.parse(ctx.activation)
-    point = saved if entry.from_output else pre_activation(saved, weight, scale, bias, "none", ctx.extra)
-    slope = entry.derivative(point.float(), parameter)
-    inner = (grad.float() * slope * scale).to(grad.dtype)
+    inner = grad.float() * scale
+    if saved is not None:
+        point = saved if entry.from_output else pre_activation(saved, weight, scale, bias, "none", ctx.extra)
+        inner *= entry.derivative(point.float(), parameter)
+    inner = inner.to(grad.dtype)
     return torch.matmul(inner, weight.to(grad.dtype))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Iterable
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 
 class CompressedLinear(nn.Module):
@@ -19,6 +20,7 @@ class CompressedLinear(nn.Module):
     in_features: int
     out_features: int
     dtype: torch.dtype
+    fp32_bias: Tensor | None
 
     @property
     def weight(self) -> Tensor:
@@ -27,11 +29,10 @@ class CompressedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.fp32_bias
-        return None if bias is None else bias.to(self.dtype)
+        return None if self.fp32_bias is None else self.fp32_bias.to(self.dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **settings: Any) -> Self:
+    def from_linear(cls, linear: nn.Linear) -> Self:
         raise NotImplementedError
 
     def check_refresh(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -71,15 +72,16 @@ class CompressedLinear(nn.Module):
 
 def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight [out, in], bias) of a dense layer, or an error that says what is wrong with it."""
-    if nn.parameter.is_lazy(next(linear.parameters(), None)):
+    if any(map(nn.parameter.is_lazy, linear.parameters())):
         raise ValueError(f"{kind}: {linear} has no weights yet; run one batch through the model first")
     weight, bias = linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    original, mask = getattr(linear, "weight_orig", None), getattr(linear, "weight_mask", None)
-    if original is not None and mask is not None:
-        # torch.nn.utils.prune applies the mask in a hook before forward: the attribute may lag behind
-        weight = original * mask
+    if is_pruned(linear):
+        # the masks are applied in hooks before forward: the attributes may lag behind
+        hooks: Iterable[Any] = linear._forward_pre_hooks.values()
+        masked = {hook._tensor_name: hook.apply_mask(linear) for hook in hooks}
+        weight, bias = masked.get("weight", weight), masked.get("bias", bias)
     if is_conv1d(linear):
         weight = weight.t()
     if weight.is_meta:
@@ -89,7 +91,14 @@ def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored [in, out]."""
+def is_pruned(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune has put masks on the module, and nothing else is hooked to it."""
+    others = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = module._forward_pre_hooks.values()
+    return bool(hooks) and not any(others) and all(isinstance(hook, BasePruningMethod) for hook in hooks)
+
+
+def is_conv1d(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """transformers' Conv1D (GPT-2): a linear layer in all but its weight, which is stored [in, out]."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

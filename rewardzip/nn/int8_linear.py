@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
-from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
 from torch import Tensor, nn
+
+from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
 
 from .base import CompressedLinear, check_source
 
@@ -52,9 +53,9 @@ class Int8Linear(CompressedLinear):
         n, k = weight.shape
         layer = cls(k, n, bias is not None, rows, compute_dtype, weight.dtype, weight.device)
         if rows == "static":
-            if x_amax is None:
-                raise ValueError("Int8Linear: rows='static' needs x_amax, the largest input magnitude seen")
-            layer.x_scale.fill_(max(x_amax, 1e-30) / 127)
+            if x_amax is None or not 0 < x_amax < torch.inf:
+                raise ValueError(f"Int8Linear: rows='static' needs x_amax, the largest input magnitude, got {x_amax}")
+            layer.x_scale = torch.full((1,), x_amax / 127, device=weight.device)
         layer.refresh(linear)
         bad = int((~layer.scale.isfinite()).sum())
         if bad:
@@ -64,17 +65,17 @@ class Int8Linear(CompressedLinear):
     def refresh(self, linear: nn.Linear) -> None:
         weight, bias = self.check_refresh(linear)
         quantize_rows(weight, out=(self.int8_weight, self.scale))
-        if bias is not None:
+        if bias is not None and self.fp32_bias is not None:
             self.fp32_bias.copy_(bias)
 
     @property
     def weight(self) -> Tensor:
         return (self.int8_weight.float() * self.scale[:, None]).to(self.dtype)
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+    def forward(self, input: Tensor, activation: str = "none") -> Tensor:
         if self.rows == "float":
-            return int8_linear(x, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)
-        return int8_dynamic_linear(x, self.int8_weight, self.scale, self.fp32_bias, activation, self.x_scale)
+            return int8_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)
+        return int8_dynamic_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.x_scale)
 
     def extra_repr(self) -> str:
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
@@ -85,3 +86,4 @@ class Int8Linear(CompressedLinear):
 
     int8_weight: Tensor
     scale: Tensor
+    x_scale: Tensor | None
