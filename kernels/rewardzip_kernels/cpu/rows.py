@@ -1,10 +1,11 @@
-"""How a kernel takes in the rows of x: quantised to bytes, or copied as fp32. Both pad a row to a multiple of 4."""
+"""How a kernel takes in rows: quantised to bytes, or copied as fp32. Both pad a row to a multiple of 4."""
 
 from numpy import float32, int32, rint, uint8
 
 from ..quantize import QMAX, TINY
 from .activations import inlined
 from .pointers import bits, f32, from_bits, load, store, u8
+from .tile import Int8
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
 ABSOLUTE, INFINITE = int32(0x7FFFFFFF), int32(0x7F800000)
@@ -48,3 +49,16 @@ def copy(x_address, k, padded, _, copy_address):
     for i in range(k, padded):
         store(y, i, float32(0))
     return float32(1)
+
+
+def take_rows(kind):
+    """Rows of fp32, ``stride`` apart, to what the tile of this kind reads, with a scale for each row."""
+    fill, item = (quantize(kind.isa.zero_point), 1) if isinstance(kind, Int8) else (copy, 4)
+
+    @inlined
+    def take(x, stride, rows, k, static, taken, row_bytes, scales):
+        for r in range(rows):
+            scale = fill(x + r * stride * 4, k, row_bytes // item, static, taken + r * row_bytes)
+            store(f32(scales), r, scale)
+
+    return take

@@ -35,6 +35,8 @@ class Int8:
     """u8 rows times int8 weights, exact in int32."""
 
     item, element = 1, I32
+    # multiply-adds from which a second thread pays for its waking, some 20 us
+    parallel_work = 1 << 25
 
     def __init__(self, isa: InstructionSet):
         self.isa, self.dot, self.split_w = isa, isa.dot, isa.split_w
@@ -47,6 +49,7 @@ class Float:
     """fp32 rows times int8 weights made fp32 in registers, one multiply-add per product."""
 
     item, element = 4, F32
+    parallel_work = 1 << 23
 
     def __init__(self, isa: InstructionSet):
         self.isa = isa
