@@ -21,6 +21,7 @@ from rewardzip_kernels.cpu.int8_linear import int8_linear
 from rewardzip_kernels.cpu.mlp_engine import BLOCK
 from rewardzip_kernels.cpu.mlp_engine import build as build_mlp
 from rewardzip_kernels.cpu.packing import _kept, packed
+from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
 from rewardzip_kernels.cpu.quantize_rows import quantize_rows
 from rewardzip_kernels.cpu.tile import Float, Int8
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference, int8_matmul_reference
@@ -380,7 +381,7 @@ from rewardzip_kernels.cpu.instruction_sets import available
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference
 case = torch.randn(7, 33), torch.randint(-127, 128, (70, 33), dtype=torch.int8), torch.rand(70), torch.randn(70)
-assert torch.equal(int8_dynamic_linear(*case, "relu"), int8_dynamic_linear_reference(*case, "relu"))
+assert torch.equal(int8_dynamic_linear(*case), int8_dynamic_linear_reference(*case))
 x, w = torch.full((7, 64), -127.0), torch.full((70, 64), -127, dtype=torch.int8)
 assert (int8_dynamic_linear(x, w, torch.ones(70), None, "none", torch.ones(1)) == 127 * 127 * 64).all()
 print(available()[0])
@@ -404,15 +405,26 @@ def test_unwritable_cache(tmp_path):
     run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path / "file" / "under"))
 
 
-def test_damaged_cache(tmp_path):
-    run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path))
-    files = list((tmp_path / "rewardzip").iterdir())
-    assert files
-    for i, file in enumerate(files):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(bytes(data) if i else data[:40])
-    run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path))
+def test_damaged_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "cache_folder", lambda: tmp_path)
+
+    def check(compiles):
+        counted = []
+        run = engine._load_or_compile(("quantize_rows",), lambda: counted.append(1) or quantize_rows_build())
+        x, q, scale = torch.randn(3, 5), torch.empty(3, 5, dtype=torch.int8), torch.empty(3)
+        run(x.data_ptr(), 5, 3, 5, 0, q.data_ptr(), scale.data_ptr())
+        assert torch.equal(q, reference_rows(x)[0])
+        assert len(counted) == compiles
+
+    check(1)
+    check(0)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:40], b"", whole[:-9] + b"!" + whole[-8:]):
+        file.write_bytes(damaged)
+        check(1)
+        assert file.read_bytes()[32:40] == whole[32:40]
+        check(0)
 
 
 @pytest.mark.skipif("avx_vnni" not in available(), reason="these processors' code needs AVX2 and AVX-VNNI")
