@@ -221,16 +221,11 @@ def test_strides_and_leading_dimensions(function, reference):
 
 @pytest.mark.parametrize("function", [int8_dynamic_linear, int8_linear])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_output_fully_written(function, m, n, k, monkeypatch):
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def test_output_fully_written(function, m, n, k, poisoned):
     x, weight, scale, bias = layer(m, n, k)
-    assert not function(x, weight, scale, bias).isnan().any()
+    y = function(x, weight, scale, bias)
+    assert y.isfinite().all()
+    assert (y.abs() < 1e6).all()
 
 
 @pytest.mark.parametrize("function", [int8_dynamic_linear, int8_linear])

@@ -4,6 +4,7 @@ A block of rows is taken into scratch memory once (``rows.py``), then passes und
 in cache (``sweep.py``). A call is split over threads by rows, or by panels where rows are few.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..activations import parse
 from ..checks import dense_rows
 from . import threads
 from .engine import kernel
-from .instruction_sets import choose
+from .instruction_sets import InstructionSet, choose
 from .packing import packed
 from .pointers import i64, load, stack
 from .rows import take_rows
@@ -54,11 +55,11 @@ def build(kind: Int8 | Float, activation: str):
 
 
 @lru_cache(maxsize=256)
-def prepare(kind: type[Int8] | type[Float], activation: str, isa: str | None) -> tuple[Any, float]:
+def prepare(kind: Callable[[InstructionSet], Any], activation: str, isa: str | None) -> tuple[Any, float]:
     """(the compiled kernel or None, the activation's parameter)."""
     entry, parameter = parse(activation)
     chosen = choose(isa)
-    key = (kind.__name__.lower(), chosen.name, entry.name)
+    key = (kind.__name__, chosen.name, entry.name)
     return kernel(key, lambda: build(kind(chosen), entry.name)), parameter
 
 
@@ -78,7 +79,7 @@ def linear(
         return None
     layer = packed(weight)
     n, k = layer.n, layer.k
-    y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
+    y = x.new_empty((*x.shape[:-1], n))
     if x.dim() != 2 or x.stride(1) != 1:
         x = dense_rows(x)
     m, stride = x.shape[0], x.stride(0)

@@ -4,11 +4,11 @@ from numpy import float32, int32, rint, uint8
 
 from ..quantize import QMAX, TINY
 from .activations import inlined
-from .pointers import bits, f32, from_bits, load, store, u8
+from .pointers import f32, from_bits, load, magnitude, store, u8
 from .tile import Int8
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
-ABSOLUTE, INFINITE = int32(0x7FFFFFFF), int32(0x7F800000)
+INFINITE = int32(0x7F800000)
 
 
 def quantize(zero_point):
@@ -17,10 +17,9 @@ def quantize(zero_point):
     @inlined
     def fill(x_address, k, padded, static_address, q_address):
         x, q = f32(x_address), u8(q_address)
-        # as integers, the bits of absolute values are in the order of the values, inf and NaN above all
         largest = int32(0)
         for i in range(k):
-            largest = max(largest, bits(load(x, i)) & ABSOLUTE)
+            largest = max(largest, magnitude(load(x, i)))
         for i in range(k, padded):
             store(q, i, uint8(zero_point))
         if largest >= INFINITE:
