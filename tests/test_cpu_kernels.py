@@ -18,7 +18,7 @@ from rewardzip_kernels.cpu import engine, threads
 from rewardzip_kernels.cpu.instruction_sets import INSTRUCTION_SETS, available, choose
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.cpu.int8_linear import int8_linear
-from rewardzip_kernels.cpu.mlp_engine import BLOCK
+from rewardzip_kernels.cpu.linear import BLOCK
 from rewardzip_kernels.cpu.mlp_engine import build as build_mlp
 from rewardzip_kernels.cpu.packing import _kept, packed
 from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
@@ -36,8 +36,8 @@ SHAPES = [
     (5, 63, 31),  # one less
     (3, 1, 257),  # a scalar reward
     (2, 17, 3),  # fewer inputs than a step
-    (49, 130, 1040),  # more than a block of rows at its smallest, three panels
-    (400, 8, 6),  # more than a block of rows at its largest
+    (49, 130, 1040),  # one more than a block of rows, three panels
+    (400, 8, 6),  # many blocks
     (0, 5, 7),  # no rows
 ]
 ACTIVATIONS = [*reference_activations.ACTIVATIONS, "leaky_relu:0.3", "elu:0.5"]

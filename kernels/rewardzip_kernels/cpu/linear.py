@@ -4,7 +4,6 @@ A block of rows is taken into scratch memory once (``rows.py``), then passes und
 in cache (``sweep.py``). A call is split over threads by rows, or by panels where rows are few.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,20 +15,15 @@ from ..activations import parse
 from ..checks import dense_rows
 from . import threads
 from .engine import kernel
-from .instruction_sets import InstructionSet, choose
+from .instruction_sets import choose
 from .packing import packed
 from .pointers import i64, load, stack
 from .rows import take_rows
 from .sweep import sweep
 from .tile import PANEL, Float, Int8
 
-# a block of rows fills about this many bytes, half a small L2 cache
-BLOCK_BYTES = 1 << 18
-ROWS_AT_LEAST, ROWS_AT_MOST = 48, 384
-
-
-def block_rows(row_bytes: int) -> int:
-    return max(ROWS_AT_LEAST, min(ROWS_AT_MOST, BLOCK_BYTES // row_bytes // 48 * 48))
+# rows that pass under the panels together: 32 KB to 4 MB of them measure the same
+BLOCK = 48
 
 
 def build(kind: Int8 | Float, activation: str):
@@ -55,7 +49,7 @@ def build(kind: Int8 | Float, activation: str):
 
 
 @lru_cache(maxsize=256)
-def prepare(kind: Callable[[InstructionSet], Any], activation: str, isa: str | None) -> tuple[Any, float]:
+def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float]:
     """(the compiled kernel or None, the activation's parameter)."""
     entry, parameter = parse(activation)
     chosen = choose(isa)
@@ -64,7 +58,7 @@ def prepare(kind: Callable[[InstructionSet], Any], activation: str, isa: str | N
 
 
 def linear(
-    kind: type[Int8] | type[Float],
+    kind: Any,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -73,7 +67,7 @@ def linear(
     x_scale: Tensor | None,
     isa: str | None,
 ) -> Tensor | None:
-    """x [..., K] fp32 -> y [..., N] fp32; None where the kernel cannot be compiled."""
+    """x [..., K] fp32 -> y [..., N] fp32, by ``Int8`` or ``Float``; None where the kernel cannot be compiled."""
     run, parameter = prepare(kind, activation, isa)
     if run is None:
         return None
@@ -90,7 +84,7 @@ def linear(
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     row_bytes = layer.padded_k * kind.item
-    block = min(block_rows(row_bytes), m)
+    block = min(BLOCK, m)
     static = 0 if x_scale is None else x_scale.data_ptr()
     fixed = layer.address, scale.data_ptr(), bias_at, static, parameter, stride, block
     x_at, y_at, size, panels = x.data_ptr(), y.data_ptr(), block * (row_bytes + 4), layer.count
@@ -105,7 +99,7 @@ def linear(
     def some_panels(start: int, stop: int) -> None:
         run(*fixed, threads.scratch(size), x_at, m, y_at, start, stop)
 
-    if m >= count * ROWS_AT_LEAST:
+    if m >= count * BLOCK:
         threads.run(some_rows, threads.ranges(m, count, 12))
     else:
         threads.run(some_panels, threads.ranges(panels, count, 1))

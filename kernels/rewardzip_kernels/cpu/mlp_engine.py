@@ -15,12 +15,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .activations import ACTIVATIONS
+from .linear import BLOCK
 from .pointers import f32, i64, load, stack, store
 from .rows import take_rows
 from .sweep import sweep
 from .tile import PANEL, Float, Int8
 
-BLOCK = 48
 FIELDS = 4
 
 
