@@ -12,7 +12,7 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit launch-cost clean
+.PHONY: demo test lint audit launch-cost bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
@@ -30,6 +30,13 @@ audit: $(VENV)/ready
 
 launch-cost: $(VENV)/ready
 	$(BIN)/python benchmarks/launch_cost.py
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/linear.py --out out/bench
+
+# on a machine with a GPU; DRY=1 goes through every step without one. PARTS="tests bench" runs some of it
+gpu: $(if $(DRY),$(VENV)/ready)
+	PYTHON=$(if $(DRY),$(BIN)/python,$(PYTHON)) DRY=$(DRY) benchmarks/gpu.sh out/gpu $(PARTS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'

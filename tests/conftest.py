@@ -1,7 +1,9 @@
 """Where the tests run: with a GPU natively on it, without one in Triton's interpreter."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
+import numpy
 import pytest
 import torch
 
@@ -9,6 +11,16 @@ GPU = torch.cuda.is_available()
 if not GPU:
     # read by Triton when a kernel is defined, so set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def need_triton() -> None:
+    """Skip where Triton's kernels cannot run: not installed, or an interpreter that this numpy breaks."""
+    try:
+        triton = tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        pytest.skip("Triton is not installed")
+    if not GPU and triton < (3, 7) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton before 3.7 needs numpy before 2.4")
 
 
 @pytest.fixture

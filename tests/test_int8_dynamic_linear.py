@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPU
+from conftest import GPU, need_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import SHAPES, assert_dynamic, quantized
@@ -12,6 +12,7 @@ from rewardzip_kernels.int8_dynamic_linear import MAX_K, int8_dynamic_linear_ref
 
 
 def triton_int8_dynamic_linear(*args):
+    need_triton()
     from rewardzip_kernels.gpu.int8_dynamic_linear import int8_dynamic_linear
 
     return int8_dynamic_linear(*args)

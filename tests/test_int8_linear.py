@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPU
+from conftest import GPU, need_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import SHAPES, assert_linear, quantized
@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float
 
 
 def triton_int8_linear(*args):
+    need_triton()
     from rewardzip_kernels.gpu.int8_linear import int8_linear
 
     return int8_linear(*args)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import GPU
+from conftest import GPU, need_triton
 
 from rewardzip_kernels import quantize_rows
 from rewardzip_kernels.quantize import TINY, quantize_rows_reference
 
 
 def triton_quantize_rows(x, static_scale=None):
+    need_triton()
     from rewardzip_kernels.gpu.quantize_rows import quantize_rows
 
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)

@@ -57,8 +57,8 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x = torch.empty(m, k, dtype=dtype, device="meta")
     weight = torch.empty(n, k, dtype=torch.int8, device="meta")
     scale = torch.empty(n, device="meta")
-    run = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}[op]
-    run(x, weight, scale, scale, "relu")
+    runs: dict[str, Any] = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}
+    runs[op](x, weight, scale, scale, "relu")
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -163,19 +163,9 @@ def rows_of(case: str, target: str) -> list[Row]:
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
         tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
-        rows.append(
-            Row(
-                case,
-                kernel.__name__,
-                target,
-                " ".join(str(v) for v in tile.values()),
-                options["num_warps"],
-                registers,
-                stack,
-                compiled.metadata.shared,
-                _instructions(compiled),
-            )  # fmt: skip
-        )
+        sizes = " ".join(str(size) for size in tile.values())
+        used = (options["num_warps"], registers, stack, compiled.metadata.shared, _instructions(compiled))
+        rows.append(Row(case, kernel.__name__, target, sizes, *used))
     return rows
 
 

@@ -1,13 +1,15 @@
 """The fast implementation of an op, imported on first use: neither Triton nor Numba is touched before it is needed."""
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 _found: dict[tuple[str, str], Callable[..., Any]] = {}
 
-NEEDS = {"gpu": "triton", "cpu": "numba"}
+NEEDS = {"gpu": ("triton",), "cpu": ("numba", "llvmlite")}
+OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear")
 
 
 def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,14 +24,26 @@ def implementation(device: str, op: str, reference: Callable[..., Any]) -> Calla
     except ImportError as error:
         if error.name == module:  # this op has no kernel of its own for this device
             return _found.setdefault((device, op), reference)
-        if (error.name or "").partition(".")[0] != NEEDS[device]:
+        if (error.name or "").partition(".")[0] not in NEEDS[device]:
             raise
         warnings.warn(
-            f"{NEEDS[device]} is not installed: {op} runs as plain torch on the {device.upper()}, "
-            f"right but slow (pip install {NEEDS[device]})",
+            f"{NEEDS[device][0]} is not installed: {op} runs as plain torch on the {device.upper()}, "
+            f"right but slow (pip install {NEEDS[device][0]})",
             RuntimeWarning,
             stacklevel=2,
         )
         function = reference
     _found[device, op] = function
     return function
+
+
+def available() -> dict[str, dict[str, str]]:
+    """For each op and device, what would run it; looks without importing."""
+    return {op: {device: _how(device, op) for device in NEEDS} for op in OPS}
+
+
+def _how(device: str, op: str) -> str:
+    if importlib.util.find_spec(f"{__package__}.{device}.{op}") is None:
+        return "torch"
+    compiler = NEEDS[device][0]
+    return compiler if importlib.util.find_spec(compiler) else f"torch ({compiler} is not installed)"

@@ -1,9 +1,15 @@
-"""How an op enters torch's dispatcher: ``define`` and ``impl`` on one library, which costs a third of ``custom_op``."""
+"""How an op enters torch's dispatcher, and how a plain call gets past it.
+
+``define`` and ``impl`` on one library cost a third of ``custom_op``; even so the dispatcher and the gradient's Python
+kernel are most of a small call. Where nobody is listening (no gradient wanted, nothing compiling, tracing or
+transforming) the call goes straight to the kernel.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .loading import implementation
 
@@ -11,16 +17,25 @@ library = torch.library.Library("rewardzip", "DEF")
 
 Function = Callable[..., Any]
 
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+
+
+def nobody_listens(x: Any) -> bool:
+    """Whether a call on ``x`` is eager, without gradients, and seen by no mode, transform or tracer."""
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not _modes()
+        and _transforms() is None
+        and _tracing() is None
+    )
+
 
 def register(
-    schema: str,
-    *,
-    reference: Function,
-    check: Function,
-    fake: Function,
-    setup_context: Function,
-    backward: Function,
-) -> Any:
+    schema: str, *, reference: Function, check: Function, fake: Function, setup_context: Function, backward: Function
+) -> Function:
     """Define ``rewardzip::<schema>``: checks, a kernel per device (the reference elsewhere), shape rule, gradient."""
     name = schema.partition("(")[0]
     library.define(schema)
@@ -36,8 +51,19 @@ def register(
         check(*args)
         return fake(*args)
 
-    library.impl(name, kernel("gpu"), "CUDA")
-    library.impl(name, kernel("cpu"), "CPU")
+    cpu, gpu = kernel("cpu"), kernel("gpu")
+    library.impl(name, gpu, "CUDA")
+    library.impl(name, cpu, "CPU")
     torch.library.register_fake(f"rewardzip::{name}", checked_fake, lib=library)
     torch.library.register_autograd(f"rewardzip::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.rewardzip, name).default
+    op = getattr(torch.ops.rewardzip, name).default
+
+    def call(*args: Any) -> Any:
+        x = args[0]
+        if torch.compiler.is_compiling() or not nobody_listens(x):
+            return op(*args)
+        if x.is_cuda:
+            return gpu(*args)
+        return cpu(*args) if x.is_cpu else op(*args)
+
+    return call

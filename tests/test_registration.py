@@ -1,0 +1,63 @@
+"""The short way past the dispatcher is taken only where nobody listens, and gives the same result."""
+
+import pytest
+import torch
+from numerics import quantized
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewardzip_kernels import int8_linear
+from rewardzip_kernels.registration import nobody_listens
+
+
+@pytest.fixture
+def arguments():
+    q, scale, bias = quantized(9, 20)
+    return torch.randn(4, 20), q, scale, bias, "relu"
+
+
+def seen_by_dispatcher(call):
+    """Whether a call reaches the dispatcher: a mode would see it."""
+    seen = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Listen():
+        call()
+    return "rewardzip.int8_linear.default" in seen
+
+
+def test_both_ways_agree(arguments):
+    assert nobody_listens(arguments[0])
+    assert torch.equal(int8_linear(*arguments), torch.ops.rewardzip.int8_linear(*arguments))
+
+
+def test_modes_see_the_op(arguments):
+    assert seen_by_dispatcher(lambda: int8_linear(*arguments))
+
+
+def test_gradients_subclasses_and_fakes_take_the_dispatcher(arguments):
+    x = arguments[0].clone().requires_grad_()
+    assert not nobody_listens(x)
+    with torch.no_grad():
+        assert nobody_listens(x)
+    assert not nobody_listens(torch.nn.Parameter(x))
+    with torch._subclasses.FakeTensorMode():
+        assert not nobody_listens(torch.empty(3))
+    with pytest.raises(ValueError, match="on cpu, x on meta"):
+        int8_linear(arguments[0].to("meta"), *arguments[1:])
+
+
+def test_transforms_and_tracers_see_the_op(arguments):
+    x, *rest = arguments
+    inside = []
+    mapped = torch.func.vmap(lambda row: inside.append(nobody_listens(row)) or int8_linear(row, *rest))(x)
+    torch.testing.assert_close(mapped, int8_linear(x, *rest))
+    assert inside == [False]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        # torch has no such rule for ops registered from Python: an error, never a gradient of zero
+        torch.func.grad(lambda v: int8_linear(v, *rest).sum())(x)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda v: int8_linear(v, *rest))(x)
+    assert "rewardzip.int8_linear" in traced.code
