@@ -35,6 +35,7 @@ SHAPES = [
     (7, 65, 33),  # one more than a tile, a panel, a step
     (5, 63, 31),  # one less
     (3, 1, 257),  # a scalar reward
+    (20, 66, 20),  # whole tiles of rows with two outputs in the last panel
     (2, 17, 3),  # fewer inputs than a step
     (49, 130, 1040),  # one more than a block of rows, three panels
     (400, 8, 6),  # many blocks
@@ -229,7 +230,7 @@ def test_output_fully_written(function, m, n, k, poisoned):
 
 
 @pytest.mark.parametrize("function", [int8_dynamic_linear, int8_linear])
-@pytest.mark.parametrize(("m", "n", "k"), [(500, 200, 64), (30, 1000, 200), (1, 4096, 1100)])
+@pytest.mark.parametrize(("m", "n", "k"), [(500, 200, 64), (30, 1000, 200), (1, 4096, 1100), (50, 3, 90)])
 def test_rows_stand_alone(function, m, n, k, monkeypatch):
     """A row's result is the same to the bit beside any rows, however many, on any number of threads."""
     monkeypatch.setattr(Int8, "parallel_work", 1)
@@ -452,7 +453,7 @@ address, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
 arguments = [address, integer, address, integer, integer, address, address]
 function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tile")
 builder = ir.IRBuilder(function.append_basic_block())
-emit(builder, Int8(INSTRUCTION_SETS["neon_dot"]), 6, *function.args)
+emit(builder, Int8(INSTRUCTION_SETS["neon_dot"]), 6, 4, *function.args)
 builder.ret_void()
 machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+dotprod", opt=3)
 code = machine.emit_assembly(llvm.parse_assembly(str(module)))

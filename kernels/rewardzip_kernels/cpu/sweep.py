@@ -16,8 +16,9 @@ def sweep(kind: Int8 | Float, activation: str):
     """The sweep as a function for kernels."""
     activate, pointer = ACTIVATIONS[activation], f32 if isinstance(kind, Float) else i32
     start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
-    tall_rows, middle_rows = kind.isa.rows, kind.isa.rows // 2
-    tall, middle, single = tile(kind, tall_rows), tile(kind, middle_rows), tile(kind, 1)
+    lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.isa.rows, kind.isa.rows // 2
+    tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
+    thin = tile(kind, tall_rows, 1)
 
     @inlined
     def finish(sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter):
@@ -44,7 +45,10 @@ def sweep(kind: Int8 | Float, activation: str):
             done = 0
             while done < rows:
                 rows_at = taken + done * row_bytes
-                if rows - done >= tall_rows:
+                if rows - done >= tall_rows and width <= lanes:
+                    thin(rows_at, row_bytes, w, steps, width, first, sums)
+                    now = tall_rows
+                elif rows - done >= tall_rows:
                     tall(rows_at, row_bytes, w, steps, width, first, sums)
                     now = tall_rows
                 elif rows - done >= middle_rows:
