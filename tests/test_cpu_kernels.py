@@ -1,6 +1,7 @@
 """The Numba kernels against their references: same integers, same bound, every instruction set at hand."""
 
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -13,12 +14,16 @@ import torch
 from numerics import assert_dynamic, assert_linear
 
 from rewardzip_kernels import activations as reference_activations
-from rewardzip_kernels.cpu import engine
+from rewardzip_kernels.cpu import engine, threads
 from rewardzip_kernels.cpu.instruction_sets import INSTRUCTION_SETS, available, choose
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.cpu.int8_linear import int8_linear
-from rewardzip_kernels.cpu.packing import _kept
+from rewardzip_kernels.cpu.linear import BLOCK
+from rewardzip_kernels.cpu.mlp_engine import build as build_mlp
+from rewardzip_kernels.cpu.packing import _kept, packed
+from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
 from rewardzip_kernels.cpu.quantize_rows import quantize_rows
+from rewardzip_kernels.cpu.tile import Float, Int8
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference, int8_matmul_reference
 from rewardzip_kernels.int8_linear import int8_linear_reference
 from rewardzip_kernels.quantize import TINY, quantize_rows_reference
@@ -30,9 +35,10 @@ SHAPES = [
     (7, 65, 33),  # one more than a tile, a panel, a step
     (5, 63, 31),  # one less
     (3, 1, 257),  # a scalar reward
+    (20, 66, 20),  # whole tiles of rows with two outputs in the last panel
     (2, 17, 3),  # fewer inputs than a step
-    (49, 130, 1040),  # more than a block of rows at its smallest, three panels
-    (400, 8, 6),  # more than a block of rows at its largest
+    (49, 130, 1040),  # one more than a block of rows, three panels
+    (400, 8, 6),  # many blocks
     (0, 5, 7),  # no rows
 ]
 ACTIVATIONS = [*reference_activations.ACTIVATIONS, "leaky_relu:0.3", "elu:0.5"]
@@ -216,33 +222,63 @@ def test_strides_and_leading_dimensions(function, reference):
 
 @pytest.mark.parametrize("function", [int8_dynamic_linear, int8_linear])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_output_fully_written(function, m, n, k, monkeypatch):
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def test_output_fully_written(function, m, n, k, poisoned):
     x, weight, scale, bias = layer(m, n, k)
-    assert not function(x, weight, scale, bias).isnan().any()
+    y = function(x, weight, scale, bias)
+    assert y.isfinite().all()
+    assert (y.abs() < 1e6).all()
 
 
 @pytest.mark.parametrize("function", [int8_dynamic_linear, int8_linear])
-@pytest.mark.parametrize(("m", "n", "k"), [(500, 200, 64), (30, 1000, 200), (1, 4096, 1100)])
-def test_rows_stand_alone(function, m, n, k):
+@pytest.mark.parametrize(("m", "n", "k"), [(500, 200, 64), (30, 1000, 200), (1, 4096, 1100), (50, 3, 90)])
+def test_rows_stand_alone(function, m, n, k, monkeypatch):
     """A row's result is the same to the bit beside any rows, however many, on any number of threads."""
+    monkeypatch.setattr(Int8, "parallel_work", 1)
+    monkeypatch.setattr(Float, "parallel_work", 1)
     x, weight, scale, bias = layer(m, n, k)
     together = function(x, weight, scale, bias, "tanh")
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        torch.set_num_threads(count)
         assert torch.equal(function(x, weight, scale, bias, "tanh"), together)
     torch.set_num_threads(1)
     for rows in (slice(0, 1), slice(1, 4), slice(m // 3, m)):
         assert torch.equal(function(x[rows], weight, scale, bias, "tanh"), together[rows])
 
 
-def test_many_python_threads():
+@pytest.mark.parametrize("kind", [Int8, Float])
+@pytest.mark.parametrize(
+    ("m", "sizes"),
+    [
+        (1, (24, 64, 64, 1)),  # one row, aligned
+        (55, (23, 70, 1)),  # more than a block of rows, tails everywhere
+        (100, (5, 33, 130, 8, 3)),  # wider and narrower layers, several outputs
+        (0, (4, 8, 2)),  # no rows
+    ],
+)
+def test_mlp_is_its_layers(kind, m, sizes, isa):
+    """Rows that pass through all layers in one call: bit for bit what the layers give one by one, then an fp32 dot."""
+    pairs = list(itertools.pairwise(sizes))
+    layers = [layer(m, n, k, seed=k)[1:] for k, n in pairs[:-1]]
+    last, last_bias = torch.randn(sizes[-1], sizes[-2]), torch.randn(sizes[-1])
+    x = torch.randn(m, sizes[0])
+    run = engine.kernel(("mlp", kind.__name__, isa, "relu"), lambda: build_mlp(kind(choose(isa)), "relu", "none"))
+    padded = torch.nn.functional.pad(last, (0, -sizes[-2] % 16)).contiguous()
+    net = [len(layers), sizes[-1], padded.data_ptr(), last_bias.data_ptr()]
+    for weight, scale, bias in layers:
+        net += [packed(weight).address, scale.data_ptr(), bias.data_ptr()]
+    net, widest = torch.tensor(net), -(-max(sizes) // 64) * 64
+    y = torch.full((m, sizes[-1]), float("nan"))
+    memory = threads.scratch(BLOCK * (4 + widest * (4 + kind.item)))
+    run(net.data_ptr(), widest, 0.0, 0.0, memory, x.data_ptr(), sizes[0], m, y.data_ptr())
+    for weight, scale, bias in layers:
+        x = (int8_dynamic_linear if kind is Int8 else int8_linear)(x, weight, scale, bias, "relu", None, isa)
+    expected = x.double() @ last.double().t() + last_bias
+    bound = 3 * 2.0**-24 * (expected.abs() + sizes[-2] ** 0.5 * (x.double().abs() @ last.double().abs().t() + 1))
+    assert ((y - expected).abs() <= bound).all()
+
+
+def test_many_python_threads(monkeypatch):
+    monkeypatch.setattr(Int8, "parallel_work", 1)
     torch.set_num_threads(2)
     cases = [layer(64, 300 + 8 * i, 256, seed=i) for i in range(8)]
     expected = [int8_dynamic_linear_reference(*case, "relu") for case in cases]
@@ -262,7 +298,8 @@ def test_many_python_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_after_fork():
+def test_after_fork(monkeypatch):
+    monkeypatch.setattr(Int8, "parallel_work", 1)
     torch.set_num_threads(2)
     case = layer(256, 256, 256)
     expected = int8_dynamic_linear(*case)
@@ -340,7 +377,7 @@ from rewardzip_kernels.cpu.instruction_sets import available
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference
 case = torch.randn(7, 33), torch.randint(-127, 128, (70, 33), dtype=torch.int8), torch.rand(70), torch.randn(70)
-assert torch.equal(int8_dynamic_linear(*case, "relu"), int8_dynamic_linear_reference(*case, "relu"))
+assert torch.equal(int8_dynamic_linear(*case), int8_dynamic_linear_reference(*case))
 x, w = torch.full((7, 64), -127.0), torch.full((70, 64), -127, dtype=torch.int8)
 assert (int8_dynamic_linear(x, w, torch.ones(70), None, "none", torch.ones(1)) == 127 * 127 * 64).all()
 print(available()[0])
@@ -364,15 +401,26 @@ def test_unwritable_cache(tmp_path):
     run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path / "file" / "under"))
 
 
-def test_damaged_cache(tmp_path):
-    run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path))
-    files = list((tmp_path / "rewardzip").iterdir())
-    assert files
-    for i, file in enumerate(files):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(bytes(data) if i else data[:40])
-    run_python(CHECK, NUMBA_CACHE_DIR=str(tmp_path))
+def test_damaged_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "cache_folder", lambda: tmp_path)
+
+    def check(compiles):
+        counted = []
+        run = engine._load_or_compile(("quantize_rows",), lambda: counted.append(1) or quantize_rows_build())
+        x, q, scale = torch.randn(3, 5), torch.empty(3, 5, dtype=torch.int8), torch.empty(3)
+        run(x.data_ptr(), 5, 3, 5, 0, q.data_ptr(), scale.data_ptr())
+        assert torch.equal(q, reference_rows(x)[0])
+        assert len(counted) == compiles
+
+    check(1)
+    check(0)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:40], b"", whole[:-9] + b"!" + whole[-8:]):
+        file.write_bytes(damaged)
+        check(1)
+        assert file.read_bytes()[32:40] == whole[32:40]
+        check(0)
 
 
 @pytest.mark.skipif("avx_vnni" not in available(), reason="these processors' code needs AVX2 and AVX-VNNI")
@@ -405,7 +453,7 @@ address, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
 arguments = [address, integer, address, integer, integer, address, address]
 function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tile")
 builder = ir.IRBuilder(function.append_basic_block())
-emit(builder, Int8(INSTRUCTION_SETS["neon_dot"]), 6, *function.args)
+emit(builder, Int8(INSTRUCTION_SETS["neon_dot"]), 6, 4, *function.args)
 builder.ret_void()
 machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+dotprod", opt=3)
 code = machine.emit_assembly(llvm.parse_assembly(str(module)))

@@ -90,7 +90,7 @@ def _link(name: str, code: bytes) -> int:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _kept_alive.append(engine)
-    address = engine.get_function_address(name)
+    address: int = engine.get_function_address(name)
     if not address:
         raise ValueError(f"the object code holds no function {name}")
     return address

@@ -11,11 +11,15 @@ compiles for, and ``choose`` refuses anything else.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
+
+# (builder, values) -> values
+Emit = Callable[..., Any]
 
 I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
@@ -30,10 +34,10 @@ class InstructionSet:
     rows: int
     vectors: int
     zero_point: int
-    dot: Callable
+    dot: Emit
     """(builder, acc, what split_x gave, what split_w gave) -> acc"""
-    split_x: Callable = lambda builder, x: x
-    split_w: Callable = lambda builder, w: w
+    split_x: Emit = lambda builder, x: x
+    split_w: Emit = lambda builder, w: w
 
 
 def _call(builder, name, result, *args):

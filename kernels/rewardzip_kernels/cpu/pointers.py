@@ -62,11 +62,12 @@ def stack(dtype, count):
 
 
 @intrinsic
-def bits(typing_context, value):
-    """The int32 with the bits of a float32."""
+def magnitude(typing_context, value):
+    """The bits of |float32| as int32: in the order of the values, inf above all numbers, NaN above inf."""
 
     def emit(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
+        integer = ir.IntType(32)
+        return builder.and_(builder.bitcast(args[0], integer), integer(0x7FFFFFFF))
 
     return types.int32(types.float32), emit
 

@@ -12,6 +12,9 @@ from .engine import kernel
 from .pointers import f32, store
 from .rows import quantize
 
+# elements from which a second thread pays for its waking
+PARALLEL_ELEMENTS = 1 << 20
+
 
 def _build() -> tuple[Any, str]:
     fill = quantize(0)
@@ -35,6 +38,5 @@ def quantize_rows(x: Tensor, static_scale: Tensor | None, q: Tensor, scale: Tens
     def some_rows(start: int, stop: int) -> None:
         run(x_at + start * stride * 4, stride, stop - start, k, static, q_at + start * k, scale_at + start * 4)
 
-    # a row's element costs as much as some ten multiply-adds
-    count = torch.get_num_threads() if 10 * m * k >= threads.PARALLEL_WORK else 1
+    count = torch.get_num_threads() if m * k >= PARALLEL_ELEMENTS else 1
     threads.run(some_rows, threads.ranges(m, count, 1))

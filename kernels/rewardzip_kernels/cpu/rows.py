@@ -1,13 +1,14 @@
-"""How a kernel takes in the rows of x: quantised to bytes, or copied as fp32. Both pad a row to a multiple of 4."""
+"""How a kernel takes in rows: quantised to bytes, or copied as fp32. Both pad a row to a multiple of 4."""
 
 from numpy import float32, int32, rint, uint8
 
 from ..quantize import QMAX, TINY
 from .activations import inlined
-from .pointers import bits, f32, from_bits, load, store, u8
+from .pointers import f32, from_bits, load, magnitude, store, u8
+from .tile import Int8
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
-ABSOLUTE, INFINITE = int32(0x7FFFFFFF), int32(0x7F800000)
+INFINITE = int32(0x7F800000)
 
 
 def quantize(zero_point):
@@ -16,10 +17,9 @@ def quantize(zero_point):
     @inlined
     def fill(x_address, k, padded, static_address, q_address):
         x, q = f32(x_address), u8(q_address)
-        # as integers, the bits of absolute values are in the order of the values, inf and NaN above all
         largest = int32(0)
         for i in range(k):
-            largest = max(largest, bits(load(x, i)) & ABSOLUTE)
+            largest = max(largest, magnitude(load(x, i)))
         for i in range(k, padded):
             store(q, i, uint8(zero_point))
         if largest >= INFINITE:
@@ -48,3 +48,16 @@ def copy(x_address, k, padded, _, copy_address):
     for i in range(k, padded):
         store(y, i, float32(0))
     return float32(1)
+
+
+def take_rows(kind):
+    """Rows of fp32, ``stride`` apart, to what the tile of this kind reads, with a scale for each row."""
+    fill, item = (quantize(kind.isa.zero_point), 1) if isinstance(kind, Int8) else (copy, 4)
+
+    @inlined
+    def take(x, stride, rows, k, static, taken, row_bytes, scales):
+        for r in range(rows):
+            scale = fill(x + r * stride * 4, k, row_bytes // item, static, taken + r * row_bytes)
+            store(f32(scales), r, scale)
+
+    return take

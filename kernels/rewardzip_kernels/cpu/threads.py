@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-# multiply-adds from which a second thread pays for its waking
-PARALLEL_WORK = 1 << 22
-
 _local = threading.local()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None

@@ -35,6 +35,8 @@ class Int8:
     """u8 rows times int8 weights, exact in int32."""
 
     item, element = 1, I32
+    # multiply-adds from which a second thread pays for its waking, some 20 us
+    parallel_work = 1 << 25
 
     def __init__(self, isa: InstructionSet):
         self.isa, self.dot, self.split_w = isa, isa.dot, isa.split_w
@@ -47,6 +49,7 @@ class Float:
     """fp32 rows times int8 weights made fp32 in registers, one multiply-add per product."""
 
     item, element = 4, F32
+    parallel_work = 1 << 23
 
     def __init__(self, isa: InstructionSet):
         self.isa = isa
@@ -68,14 +71,14 @@ class Float:
         return acc
 
 
-def emit(builder, kind, rows, x, stride, w, steps, columns, start, sums):
+def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):
     """The tile's instructions; every pointer is an i8*, every other argument an i64."""
     isa = kind.isa
     vector, element = ir.VectorType(I32, isa.lanes), ir.VectorType(kind.element, isa.lanes)
-    width = isa.lanes * isa.vectors
+    width = isa.lanes * vectors
     x_rows = [builder.gep(x, [builder.mul(stride, I64(r))]) for r in range(rows)]
     with cgutils.for_range_slice(builder, I64(0), columns, I64(width), intp=I64) as (column, _):
-        columns_at = [builder.mul(builder.add(column, I64(v * isa.lanes)), I64(4)) for v in range(isa.vectors)]
+        columns_at = [builder.mul(builder.add(column, I64(v * isa.lanes)), I64(4)) for v in range(vectors)]
         first = [_read(builder, start, at, element) for at in columns_at]
         before, loop, after = (
             builder.block,
@@ -110,15 +113,18 @@ def emit(builder, kind, rows, x, stride, w, steps, columns, start, sums):
                 builder.store(value, builder.bitcast(place, element.as_pointer()), align=4)
 
 
-def tile(kind, rows):
-    """The tile as a function for kernels: (x, stride, w, steps, columns, start, sums), addresses and integers."""
+def tile(kind, rows, vectors):
+    """The tile as a function for kernels: (x, stride, w, steps, columns, start, sums), addresses and integers.
+
+    It covers the first ``columns`` of the 64, rounded up to whole passes of ``vectors``.
+    """
 
     @intrinsic
     def run(typing_context, x, stride, w, steps, columns, start, sums):
         def lower(context, builder, signature, args):
             x, stride, w, steps, columns, start, sums = args
             x, w, start, sums = (builder.inttoptr(a, I8.as_pointer()) for a in (x, w, start, sums))
-            emit(builder, kind, rows, x, stride, w, steps, columns, start, sums)
+            emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), lower
