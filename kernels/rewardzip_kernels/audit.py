@@ -85,27 +85,39 @@ def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[
     return launches
 
 
+def _specialised(parameter: Any, where: tuple[int, ...], value: Any) -> tuple[str, dict[Any, Any], dict[Any, Any]]:
+    """One argument as Triton would see it: (its type, itself if it is a constant, its alignment if it has one)."""
+    fixed = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else value is None
+    if parameter.is_constexpr or fixed:
+        return "constexpr", {where: value}, {}
+    divisible = {where: [["tt.divisibility", 16]]}
+    if isinstance(value, torch.Tensor):
+        names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+        dtype = str(value.dtype).removeprefix("torch.")
+        return "*" + names.get(dtype, dtype.replace("int", "i")), {}, divisible
+    aligned = value % 16 == 0 and not parameter.do_not_specialize
+    return "i32" if value < 2**31 else "i64", {}, divisible if aligned else {}
+
+
 def compile_for(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Any:
     """Triton's compiled kernel, specialised for ``args`` as a launch would specialise it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for parameter, value in zip(kernel.params, args, strict=True):
-        where = (parameter.num,)
-        fixed = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else value is None
-        if parameter.is_constexpr or fixed:
-            signature[parameter.name], constants[where] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
-            dtype = str(value.dtype).removeprefix("torch.")
-            signature[parameter.name] = "*" + names.get(dtype, dtype.replace("int", "i"))
-            attributes[where] = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            parts = [_specialised(parameter, (parameter.num, i), part) for i, part in enumerate(value)]
+            signature[parameter.name] = tuple(kind for kind, _, _ in parts)
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[where] = [["tt.divisibility", 16]]
+            parts = [_specialised(parameter, (parameter.num,), value)]
+            signature[parameter.name] = parts[0][0]
+        for _, constant, attribute in parts:
+            constants |= constant
+            attributes |= attribute
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:

@@ -1,0 +1,460 @@
+"""fused_mlp on a GPU: one program takes BLOCK_M rows through every layer; activations never leave its registers.
+
+    x_i [BLOCK_M, K_i]   one dot per input into the same sums: the concatenation costs nothing
+    h                    a tuple of [BLOCK_M, SLICE] tiles in 16 bits, each the first operand of the next layer's dots
+    y                    a tuple of [BLOCK_M, up to 32] fp32 sums, added to as each slice of the last hidden layer ends
+
+A layer is computed a slice of outputs at a time, so that 256 wide fits the registers: h (64 a thread), the next h, and
+one slice of sums. The last hidden layer keeps no h, and walks over its slices in a run-time loop. A wide LayerNorm needs
+all sums of a row before any of them can end: its layer is computed twice, moments first. Where the weights of one
+network fit on chip they are loaded before the loop over the rows (RESIDENT), elsewhere a tile at a time.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import dense_rows
+from ..fused_mlp import Layout, compute_type, layout, output_like
+from .activations import activate
+from .int8_linear import TL_DTYPE
+from .launch import aligned, launch
+
+# outputs a program gives
+MAX_OUT = 128
+
+
+@triton.constexpr_function
+def _depth(net):
+    return len(net.layers)
+
+
+@triton.constexpr_function
+def _size(net, flat):
+    return getattr(net, flat)
+
+
+@triton.constexpr_function
+def _get(net, l, field):
+    return getattr(net.layers[l], field)
+
+
+@triton.constexpr_function
+def _pieces(net, l):
+    return len(net.layers[l].pieces)
+
+
+@triton.constexpr_function
+def _piece(net, l, i):
+    return net.layers[l].pieces[i]
+
+
+@triton.constexpr_function
+def _start(net, l, i):
+    return sum(-(-k // 16) * 16 for k in net.layers[l].pieces[:i])
+
+
+@triton.constexpr_function
+def _block(width, most):
+    """The width of a tile: a power of two that a dot takes."""
+    return min(most, max(16, triton.next_power_of_2(width)))
+
+
+@triton.constexpr_function
+def _slices(width, most):
+    return -(-width // _block(width, most))
+
+
+@triton.constexpr_function
+def _resident_index(net, l, i, t, j, most):
+    """Where ``_load_all`` put tile t, j of piece i of layer l."""
+    tiles = t * _slices(net.layers[l].width, most) + j
+    for before in range(l + 1):
+        pieces = net.layers[before].pieces
+        for k in pieces if before < l else pieces[:i]:
+            tiles += _slices(k, most) * _slices(net.layers[before].width, most)
+    return tiles
+
+
+@triton.jit
+def _weight_tile(
+    weights, k0, j, NET: tl.constexpr, l: tl.constexpr, i: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr
+):
+    # [inputs k0 ..., slice j of the outputs]; outputs past the last repeat it, inputs past the piece are 0
+    BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
+    BLOCK_K: tl.constexpr = _block(_piece(NET, l, i), SLICE)
+    STORED: tl.constexpr = (_piece(NET, l, i) + 15) // 16 * 16
+    n = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), _get(NET, l, "width") - 1)[None, :]
+    k = k0 + tl.arange(0, BLOCK_K)[:, None]
+    at = weights + (_get(NET, l, "weight") + _start(NET, l, i)) + n * _get(NET, l, "columns") + k
+    if STORED % BLOCK_K == 0:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=k < STORED, other=0)
+    return tile.to(COMPUTE)
+
+
+@triton.jit
+def _load_all(weights, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
+    tiles = ()
+    for l in tl.static_range(_depth(NET) - 1):
+        for i in tl.static_range(_pieces(NET, l)):
+            for t in tl.static_range(_slices(_piece(NET, l, i), SLICE)):
+                for j in tl.static_range(_slices(_get(NET, l, "width"), SLICE)):
+                    k0 = t * _block(_piece(NET, l, i), SLICE)
+                    tiles = tiles + (_weight_tile(weights, k0, j, NET, l, i, COMPUTE, SLICE),)
+    return tiles
+
+
+@triton.jit
+def _x_tile(x_ptr, stride, scales_ptr, rows, k0, NET: tl.constexpr, i: tl.constexpr, SLICE: tl.constexpr):
+    BLOCK_K: tl.constexpr = _block(_piece(NET, 0, i), SLICE)
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
+    if _piece(NET, 0, i) % BLOCK_K == 0:
+        x = tl.load(x_ptr + rows[:, None] * stride + k)
+    else:
+        x = tl.load(x_ptr + rows[:, None] * stride + k, mask=k < _piece(NET, 0, i), other=0)
+    if x.dtype.is_int():
+        x = (x.to(tl.float32) - tl.load(scales_ptr + 2 * i + 1)) * tl.load(scales_ptr + 2 * i)
+    return x
+
+
+@triton.jit
+def _multiply_first(sums, x, weights, resident, k0, t: tl.constexpr, NET: tl.constexpr, i: tl.constexpr, SLICE: tl.constexpr):
+    more = ()
+    for j in tl.static_range(len(sums)):
+        if len(resident) > 0:
+            w = resident[_resident_index(NET, 0, i, t, j, SLICE)]
+        else:
+            w = _weight_tile(weights, k0, j, NET, 0, i, x.dtype, SLICE)
+        more = more + (tl.dot(x, w, sums[j], input_precision="tf32"),)
+    return more
+
+
+@triton.jit
+def _first_layer(
+    xs, strides, scales_ptr, rows, weights, resident, params, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr
+):
+    BLOCK_N: tl.constexpr = _block(_get(NET, 0, "width"), SLICE)
+    sums = ()
+    for _ in tl.static_range(_slices(_get(NET, 0, "width"), SLICE)):
+        sums = sums + (tl.zeros([rows.shape[0], BLOCK_N], tl.float32),)
+    for i in tl.static_range(_pieces(NET, 0)):
+        if len(resident) > 0 or _slices(_piece(NET, 0, i), SLICE) == 1:
+            for t in tl.static_range(_slices(_piece(NET, 0, i), SLICE)):
+                x = _x_tile(xs[i], strides[i], scales_ptr, rows, t * SLICE, NET, i, SLICE).to(COMPUTE)
+                sums = _multiply_first(sums, x, weights, resident, t * SLICE, t, NET, i, SLICE)
+        else:
+            for k0 in tl.range(0, _piece(NET, 0, i), SLICE):
+                x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)
+                sums = _multiply_first(sums, x, weights, resident, k0, 0, NET, i, SLICE)
+    ends = ()
+    for j in tl.static_range(len(sums)):
+        ends = ends + (_scale_and_bias(sums[j], params, j, NET, 0),)
+    return ends
+
+
+@triton.jit
+def _next_slice(h, weights, resident, params, j, NET: tl.constexpr, l: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
+    """Slice j of layer l before its LayerNorm and activation."""
+    acc = tl.zeros([h[0].shape[0], _block(_get(NET, l, "width"), SLICE)], tl.float32)
+    for t in tl.static_range(len(h)):
+        if len(resident) > 0:
+            w = resident[_resident_index(NET, l, 0, t, j, SLICE)]
+        else:
+            w = _weight_tile(weights, t * h[0].shape[1], j, NET, l, 0, COMPUTE, SLICE)
+        acc = tl.dot(h[t], w, acc, input_precision="tf32")
+    return _scale_and_bias(acc, params, j, NET, l)
+
+
+@triton.jit
+def _vector(params, START: tl.constexpr, n, NET: tl.constexpr, l: tl.constexpr):
+    # zeros are stored up to a multiple of 16, and stand for all that follow
+    return tl.load(params + START + n, mask=n < (_get(NET, l, "width") + 15) // 16 * 16, other=0.0)[None, :]
+
+
+@triton.jit
+def _scale_and_bias(acc, params, j, NET: tl.constexpr, l: tl.constexpr):
+    n = j * acc.shape[1] + tl.arange(0, acc.shape[1])
+    if _get(NET, l, "scale") is not None:
+        acc *= _vector(params, _get(NET, l, "scale"), n, NET, l)
+    acc += _vector(params, _get(NET, l, "bias"), n, NET, l)
+    return acc
+
+
+@triton.jit
+def _add_moments(mean, squares, z, j, NET: tl.constexpr, l: tl.constexpr):
+    # mean and sum of squared distances of the slices so far, joined with those of slice j
+    inside = (j * z.shape[1] + tl.arange(0, z.shape[1]) < _get(NET, l, "width"))[None, :]
+    seen = (j * z.shape[1]) * 1.0
+    count = tl.minimum(_get(NET, l, "width") - seen, z.shape[1])
+    here = tl.sum(tl.where(inside, z, 0.0), axis=1) / count
+    distance = tl.where(inside, z - here[:, None], 0.0)
+    step = here - mean
+    squares += tl.sum(distance * distance, axis=1) + step * step * (seen * count / (seen + count))
+    return mean + step * (count / (seen + count)), squares
+
+
+@triton.jit
+def _finish(z, mean, inverse, params, j, NET: tl.constexpr, l: tl.constexpr):
+    n = j * z.shape[1] + tl.arange(0, z.shape[1])
+    if _get(NET, l, "eps") is not None:
+        gamma = _vector(params, _get(NET, l, "gamma"), n, NET, l)
+        z = (z - mean[:, None]) * inverse[:, None] * gamma + _vector(params, _get(NET, l, "beta"), n, NET, l)
+    z = activate(z, _get(NET, l, "activation"), _get(NET, l, "parameter"))
+    if _get(NET, l, "width") % z.shape[1] != 0:
+        # not 0 times something: a row with an inf has NaN here
+        z = tl.where((n < _get(NET, l, "width"))[None, :], z, 0.0)
+    return z
+
+
+@triton.jit
+def _last_layer(ys, h, params, k0, o0, NET: tl.constexpr, i: tl.constexpr, EXACT: tl.constexpr):
+    """ys += h @ weight[o0 ..., k0 ...]^T for fp32 h [BLOCK_M, inputs k0 ... of piece i]."""
+    END: tl.constexpr = _depth(NET) - 1
+    WIDTH: tl.constexpr = _get(NET, END, "width")
+    k = k0 + tl.arange(0, h.shape[1])
+    row = params + (_get(NET, END, "weight") + _start(NET, END, i))
+    inside = k < (_piece(NET, END, i) + 15) // 16 * 16
+    more = ()
+    for j in tl.static_range(len(ys)):
+        o = o0 + j * ys[0].shape[1] + tl.arange(0, ys[0].shape[1])
+        if ys[0].shape[1] < 16:
+            y = ys[j]
+            for one in tl.static_range(WIDTH):
+                v = tl.load(row + one * _get(NET, END, "columns") + k, mask=inside, other=0.0)
+                y += tl.where((o == one)[None, :], tl.sum(h * v[None, :], axis=1, keep_dims=True), 0.0)
+        else:
+            at = row + tl.minimum(o, WIDTH - 1)[None, :] * _get(NET, END, "columns") + k[:, None]
+            y = tl.dot(h, tl.load(at, mask=inside[:, None], other=0.0), ys[j], input_precision=EXACT)
+        more = more + (y,)
+    return more
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, OUT: tl.constexpr):
+    ys = ()
+    for _ in tl.static_range((OUT + 31) // 32):
+        ys = ys + (tl.zeros([BLOCK_M, min(OUT, 32)], tl.float32),)
+    return ys
+
+
+@triton.jit
+def _network(
+    xs, strides, scales_ptr, rows, o0, weights, params, resident,
+    NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr, OUT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    END: tl.constexpr = _depth(NET) - 1
+    WIDE: tl.constexpr = min(OUT, 32)
+    ys = _zeros(rows.shape[0], OUT)
+    if END == 0:
+        for i in tl.static_range(_pieces(NET, 0)):
+            for k0 in tl.range(0, _piece(NET, 0, i), SLICE):
+                x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(tl.float32)
+                ys = _last_layer(ys, x, params, k0, o0, NET, i, EXACT)
+    h = ()
+    for l in tl.static_range(END):
+        ys, h = _layer(
+            ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, l, COMPUTE, SLICE, EXACT
+        )
+    done = ()
+    for j in tl.static_range(len(ys)):
+        z = ys[j] + _vector(params, _get(NET, END, "bias"), o0 + j * WIDE + tl.arange(0, WIDE), NET, END)
+        done = done + (activate(z, _get(NET, END, "activation"), _get(NET, END, "parameter")),)
+    return done
+
+
+@triton.jit
+def _layer(
+    ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident,
+    NET: tl.constexpr, l: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    LAST: tl.constexpr = l == _depth(NET) - 2
+    NORM: tl.constexpr = _get(NET, l, "eps") is not None
+    SLICES: tl.constexpr = _slices(_get(NET, l, "width"), SLICE)
+    BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
+    zs = ()
+    if l == 0:
+        zs = _first_layer(xs, strides, scales_ptr, rows, weights, resident, params, NET, COMPUTE, SLICE)
+    elif len(resident) > 0 or SLICES == 1:
+        for j in tl.static_range(SLICES):
+            zs = zs + (_next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE),)
+
+    mean = tl.zeros([rows.shape[0]], tl.float32)
+    squares = tl.zeros([rows.shape[0]], tl.float32)
+    if NORM:
+        if len(zs) > 0:
+            for j in tl.static_range(SLICES):
+                mean, squares = _add_moments(mean, squares, zs[j], j, NET, l)
+        else:
+            for j in tl.range(SLICES):
+                z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
+                mean, squares = _add_moments(mean, squares, z, j, NET, l)
+        squares = 1.0 / tl.sqrt_rn(squares / _get(NET, l, "width") + _get(NET, l, "eps"))
+
+    out = ()
+    if LAST and len(zs) == 0:
+        for j in tl.range(SLICES):
+            z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
+            z = _finish(z, mean, squares, params, j, NET, l)
+            ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
+    else:
+        for j in tl.static_range(SLICES):
+            if len(zs) > 0:
+                z = zs[j]
+            else:
+                z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
+            z = _finish(z, mean, squares, params, j, NET, l)
+            if LAST:
+                ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
+            else:
+                out = out + (z.to(COMPUTE),)
+    return ys, out
+
+
+@triton.jit
+def _store(y_ptr, ys, m, o0, M, NET: tl.constexpr):
+    WIDTH: tl.constexpr = _get(NET, _depth(NET) - 1, "width")
+    for j in tl.static_range(len(ys)):
+        o = o0 + j * ys[0].shape[1] + tl.arange(0, ys[0].shape[1])
+        inside = (m < M)[:, None] & (o < WIDTH)[None, :]
+        tl.store(y_ptr + m[:, None] * WIDTH + o[None, :], ys[j].to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_member(total, mean, squares, ys, e):
+    # the sum gives the mean as torch does; the running mean serves the squares alone
+    totals, means, more = (), (), ()
+    for j in tl.static_range(len(ys)):
+        step = ys[j] - mean[j]
+        moved = mean[j] + step / (e + 1.0)
+        totals = totals + (total[j] + ys[j],)
+        means = means + (moved,)
+        more = more + (squares[j] + step * (ys[j] - moved),)
+    return totals, means, more
+
+
+@triton.jit
+def _rows(
+    tile, y_ptr, xs, strides, scales_ptr, weights, params, resident, M,
+    NET: tl.constexpr, MEMBERS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
+    OUT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # rows past the end repeat the last one and are not stored
+    rows = tl.minimum(m, M - 1)
+    o0 = tl.program_id(2) * OUT
+    if MEMBERS == 0:
+        ys = _network(
+            xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, COMPUTE, SLICE, OUT, EXACT
+        )
+        _store(y_ptr, ys, m, o0, M, NET)
+    else:
+        total, mean, squares = _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT)
+        for e in tl.range(MEMBERS):
+            ys = _network(xs, strides, scales_ptr, rows, o0, weights, params, (), NET, COMPUTE, SLICE, OUT, EXACT)
+            total, mean, squares = _add_member(total, mean, squares, ys, e)
+            weights += _size(NET, "weights")
+            params += _size(NET, "params")
+        averages, deviations = _statistics(total, squares, MEMBERS)
+        _store(y_ptr, averages, m, o0, M, NET)
+        _store(y_ptr + M.to(tl.int64) * _get(NET, _depth(NET) - 1, "width"), deviations, m, o0, M, NET)
+
+
+@triton.jit
+def _statistics(total, squares, MEMBERS: tl.constexpr):
+    averages, deviations = (), ()
+    for j in tl.static_range(len(total)):
+        averages = averages + (total[j] / MEMBERS,)
+        if MEMBERS == 1:
+            deviations = deviations + (squares[j] + float("nan"),)
+        else:
+            deviations = deviations + (tl.sqrt_rn(squares[j] / (MEMBERS - 1)),)
+    return averages, deviations
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fused_mlp_kernel(
+    y_ptr, xs, strides, scales_ptr, weights_ptr, params_ptr, M,
+    NET: tl.constexpr, MEMBERS: tl.constexpr, COMPUTE: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, SLICE: tl.constexpr, OUT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    # MEMBERS 0: programs (row tile, member, block of outputs); otherwise a program goes through all members
+    member = tl.program_id(1).to(tl.int64)
+    y_ptr += member * M * _get(NET, _depth(NET) - 1, "width")
+    weights = weights_ptr + member * _size(NET, "weights")
+    params = params_ptr + member * _size(NET, "params")
+    if RESIDENT:
+        resident = _load_all(weights, NET, COMPUTE, SLICE)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+            _rows(
+                tile, y_ptr, xs, strides, scales_ptr, weights, params, resident, M,
+                NET, MEMBERS, COMPUTE, BLOCK_M, SLICE, OUT, EXACT,
+            )  # fmt: skip
+    else:
+        # no loop: what it keeps alive from one tile to the next would spill
+        _rows(
+            tl.program_id(0), y_ptr, xs, strides, scales_ptr, weights, params, (), M,
+            NET, MEMBERS, COMPUTE, BLOCK_M, SLICE, OUT, EXACT,
+        )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    block_m: int
+    slice: int
+    warps: int
+    resident: bool
+
+
+def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
+    widest = max((layer.width for layer in net.layers[:-1]), default=0)
+    return Tile(64, 64, 4, widest <= 64 and not member_loop)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def fused_mlp(
+    inputs: list[Tensor],
+    weights: Tensor,
+    params: Tensor,
+    layers: str,
+    members: int | None = None,
+    reduce: str = "none",
+    compute_dtype: torch.dtype | None = None,
+    input_scales: Tensor | None = None,
+) -> Tensor:
+    y = output_like(inputs, weights, params, layers, members, reduce)
+    xs = tuple(dense_rows(x) for x in inputs)
+    m = xs[0].shape[0]
+    if m == 0:
+        return y
+    pieces = tuple(x.shape[1] for x in xs)
+    strides = tuple(x.stride(0) for x in xs)
+    net = layout(pieces, layers, weights.dtype == torch.int8)
+    compute = compute_type(inputs, weights, compute_dtype)
+    loop = members if reduce == "mean_std" else 0
+    out = net.layers[-1].width
+    t = tile(net, m, loop != 0, compute)
+    wide = triton.next_power_of_2(out) if out <= 4 else _block(out, MAX_OUT)
+    programs = triton.cdiv(m, t.block_m)
+    if t.resident:
+        programs = min(programs, 2 * _multiprocessors(y.device))
+    exact = "ieee" if y.device.type == "cpu" else "bf16x6"
+    dtypes = tuple(x.dtype for x in xs)
+    key = (
+        dtypes, y.dtype, weights.dtype, compute, aligned(y, *xs, weights, params, input_scales),
+        pieces, strides, layers, loop, t, input_scales is None,
+    )  # fmt: skip
+    launch(
+        _fused_mlp_kernel, (programs, 1 if loop else members or 1, triton.cdiv(out, wide)), key,
+        (y, xs, strides, input_scales, weights, params, m, net, loop, TL_DTYPE[compute], t.resident, t.block_m, t.slice, wide, exact),
+        num_warps=t.warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
