@@ -61,6 +61,46 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     run(x, weight, scale, scale, "relu")
 
 
+def _mlp(
+    pieces: tuple[int, ...],
+    layers: str,
+    m: int,
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype = torch.int8,
+    compute: torch.dtype | None = None,
+    members: int | None = None,
+    reduce: str = "none",
+) -> None:
+    from .gpu.fused_mlp import fused_mlp
+    from .mlp_layout import layout
+
+    net = layout(pieces, layers, stored == torch.int8)
+    inputs = [torch.empty(m, k, dtype=dtype, device="meta") for k in pieces]
+    weights = torch.empty((members or 1) * net.weights, dtype=stored, device="meta")
+    params = torch.empty((members or 1) * net.params, device="meta")
+    scales = None if dtype.is_floating_point else torch.empty(len(pieces), 2, device="meta")
+    fused_mlp(inputs, weights, params, layers, members, reduce, compute, scales)
+
+
+# (widths of the inputs, layers, further arguments of ``_mlp``), and why
+MLPS: tuple[tuple[tuple[int, ...], str, dict[str, Any]], ...] = (
+    ((32,), "64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
+    ((17, 6), "64 relu, 64 relu, 1", {"dtype": torch.bfloat16, "stored": torch.bfloat16}),  # two inputs
+    ((17, 6), "64 relu, 64 relu, 1", {"dtype": torch.uint8}),  # a quantised replay buffer
+    ((23,), "32 relu, 32 relu, 1", {"members": 5}),  # an ensemble, weights on chip
+    ((32,), "128 relu, 128 relu, 1", {}),  # weights on chip, 8 warps
+    ((24,), "256 relu, 256 relu, 1", {}),  # one wide layer kept
+    ((48,), "256 elu, 128 elu, 1", {}),
+    ((23,), "256 relu, 256 relu, 1", {"members": 5, "reduce": "mean_std"}),  # a loop over members
+    ((393,), "256 relu, 256 relu, 1", {}),  # a loop over inputs
+    ((24,), "256 relu, 256 relu, 256 relu, 1", {}),  # two wide layers kept
+    ((24,), "256 relu, 256 relu, 256 relu, 256 relu, 256 relu, 1", {}),  # 16 rows from here on
+    ((256,), "256 layer_norm mish, 256 layer_norm mish, 101", {}),
+    ((256,), "256 layer_norm mish, 256 layer_norm mish, 256", {"compute": torch.float32}),
+    ((1024,), "1", {}),  # no hidden layer
+)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Host calls that between them launch every kernel in every tile class its rule can give."""
     for m, n, k in ((1, 4096, 4096), (16, 1024, 4096), (64, 4096, 4096), (1024, 4096, 4096), (4096, 4096, 4096)):
@@ -69,6 +109,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"int8_linear {m}x{n}x{k} {name}", partial(_linear, "int8_linear", m, n, k, dtype)
         yield f"int8_dynamic_linear {m}x{n}x{k}", partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32)
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
+    for pieces, layers, options in MLPS:
+        details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
+        for m in (16, 8192, 1 << 20):
+            yield f"fused_mlp {m} x {pieces} {layers}{details}", partial(_mlp, pieces, layers, m, **options)
 
 
 def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -162,7 +206,7 @@ def rows_of(case: str, target: str) -> list[Row]:
     for kernel, args, options in recorded(dict(cases())[case]):
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
-        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
+        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT", "SLICE", "OUT"))}
         rows.append(
             Row(
                 case, kernel.__name__, target, " ".join(str(v) for v in tile.values()), options["num_warps"],
@@ -179,7 +223,7 @@ def audit(targets: tuple[str, ...] = TARGETS, workers: int = 1) -> list[Row]:
         found = [row for rows in pool.map(rows_of, *zip(*jobs, strict=True)) for row in rows]
     seen: dict[tuple[Any, ...], Row] = {}
     for row in found:
-        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers), row)
+        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers, row.shared), row)
     return list(seen.values())
 
 

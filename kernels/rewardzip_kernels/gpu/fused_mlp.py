@@ -19,13 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import dense_rows
-from ..fused_mlp import Layout, compute_type, layout, output_like
+from ..fused_mlp import compute_type, new_output
+from ..mlp_layout import Layout, layout
 from .activations import activate
 from .int8_linear import TL_DTYPE
 from .launch import aligned, launch
-
-# outputs a program gives
-MAX_OUT = 128
 
 
 @triton.constexpr_function
@@ -70,19 +68,47 @@ def _slices(width, most):
 
 
 @triton.constexpr_function
-def _resident_index(net, l, i, t, j, most):
-    """Where ``_load_all`` put tile t, j of piece i of layer l."""
-    tiles = t * _slices(net.layers[l].width, most) + j
-    for before in range(l + 1):
-        pieces = net.layers[before].pieces
-        for k in pieces if before < l else pieces[:i]:
-            tiles += _slices(k, most) * _slices(net.layers[before].width, most)
-    return tiles
+def _ragged(width, size):
+    return width % size != 0
+
+
+@triton.constexpr_function
+def _input_tiles(net, l, most):
+    return sum(_slices(piece, most) for piece in net.layers[l].pieces)
+
+
+@triton.constexpr_function
+def _tile_piece(net, l, s, most):
+    """The piece that input tile s of layer l belongs to."""
+    for i, piece in enumerate(net.layers[l].pieces):
+        if s < _slices(piece, most):
+            return i
+        s -= _slices(piece, most)
+
+
+@triton.constexpr_function
+def _tile_start(net, l, s, most):
+    """Where input tile s starts in its piece."""
+    return most * (s - sum(_slices(k, most) for k in net.layers[l].pieces[: _tile_piece(net, l, s, most)]))
+
+
+@triton.constexpr_function
+def _resident_index(net, l, s, j, most):
+    """Where ``_load_all`` put the weights from input tile s to slice j of layer l."""
+    before = sum(_input_tiles(net, k, most) * _slices(net.layers[k].width, most) for k in range(l))
+    return before + s * _slices(net.layers[l].width, most) + j
 
 
 @triton.jit
 def _weight_tile(
-    weights, k0, j, NET: tl.constexpr, l: tl.constexpr, i: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr
+    weights,
+    k0,
+    j,
+    NET: tl.constexpr,
+    l: tl.constexpr,
+    i: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
     # [inputs k0 ..., slice j of the outputs]; outputs past the last repeat it, inputs past the piece are 0
     BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
@@ -91,7 +117,7 @@ def _weight_tile(
     n = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), _get(NET, l, "width") - 1)[None, :]
     k = k0 + tl.arange(0, BLOCK_K)[:, None]
     at = weights + (_get(NET, l, "weight") + _start(NET, l, i)) + n * _get(NET, l, "columns") + k
-    if STORED % BLOCK_K == 0:
+    if not _ragged(STORED, BLOCK_K):
         tile = tl.load(at)
     else:
         tile = tl.load(at, mask=k < STORED, other=0)
@@ -102,11 +128,11 @@ def _weight_tile(
 def _load_all(weights, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
     tiles = ()
     for l in tl.static_range(_depth(NET) - 1):
-        for i in tl.static_range(_pieces(NET, l)):
-            for t in tl.static_range(_slices(_piece(NET, l, i), SLICE)):
-                for j in tl.static_range(_slices(_get(NET, l, "width"), SLICE)):
-                    k0 = t * _block(_piece(NET, l, i), SLICE)
-                    tiles = tiles + (_weight_tile(weights, k0, j, NET, l, i, COMPUTE, SLICE),)
+        for s in tl.static_range(_input_tiles(NET, l, SLICE)):
+            for j in tl.static_range(_slices(_get(NET, l, "width"), SLICE)):
+                start = _tile_start(NET, l, s, SLICE)
+                w = _weight_tile(weights, start, j, NET, l, _tile_piece(NET, l, s, SLICE), COMPUTE, SLICE)
+                tiles = tiles + (w,)
     return tiles
 
 
@@ -114,7 +140,7 @@ def _load_all(weights, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.const
 def _x_tile(x_ptr, stride, scales_ptr, rows, k0, NET: tl.constexpr, i: tl.constexpr, SLICE: tl.constexpr):
     BLOCK_K: tl.constexpr = _block(_piece(NET, 0, i), SLICE)
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
-    if _piece(NET, 0, i) % BLOCK_K == 0:
+    if not _ragged(_piece(NET, 0, i), BLOCK_K):
         x = tl.load(x_ptr + rows[:, None] * stride + k)
     else:
         x = tl.load(x_ptr + rows[:, None] * stride + k, mask=k < _piece(NET, 0, i), other=0)
@@ -124,51 +150,74 @@ def _x_tile(x_ptr, stride, scales_ptr, rows, k0, NET: tl.constexpr, i: tl.conste
 
 
 @triton.jit
-def _multiply_first(sums, x, weights, resident, k0, t: tl.constexpr, NET: tl.constexpr, i: tl.constexpr, SLICE: tl.constexpr):
-    more = ()
-    for j in tl.static_range(len(sums)):
-        if len(resident) > 0:
-            w = resident[_resident_index(NET, 0, i, t, j, SLICE)]
-        else:
-            w = _weight_tile(weights, k0, j, NET, 0, i, x.dtype, SLICE)
-        more = more + (tl.dot(x, w, sums[j], input_precision="tf32"),)
-    return more
+def _x_tiles(xs, strides, scales_ptr, rows, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
+    h = ()
+    for s in tl.static_range(_input_tiles(NET, 0, SLICE)):
+        x = _x_tile(
+            xs[_tile_piece(NET, 0, s, SLICE)], strides[_tile_piece(NET, 0, s, SLICE)], scales_ptr, rows,
+            _tile_start(NET, 0, s, SLICE), NET, _tile_piece(NET, 0, s, SLICE), SLICE,
+        )  # fmt: skip
+        h = h + (x.to(COMPUTE),)
+    return h
 
 
 @triton.jit
-def _first_layer(
-    xs, strides, scales_ptr, rows, weights, resident, params, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr
+def _next_slice(
+    h,
+    weights,
+    resident,
+    params,
+    j,
+    NET: tl.constexpr,
+    l: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = _block(_get(NET, 0, "width"), SLICE)
-    sums = ()
-    for _ in tl.static_range(_slices(_get(NET, 0, "width"), SLICE)):
-        sums = sums + (tl.zeros([rows.shape[0], BLOCK_N], tl.float32),)
-    for i in tl.static_range(_pieces(NET, 0)):
-        if len(resident) > 0 or _slices(_piece(NET, 0, i), SLICE) == 1:
-            for t in tl.static_range(_slices(_piece(NET, 0, i), SLICE)):
-                x = _x_tile(xs[i], strides[i], scales_ptr, rows, t * SLICE, NET, i, SLICE).to(COMPUTE)
-                sums = _multiply_first(sums, x, weights, resident, t * SLICE, t, NET, i, SLICE)
-        else:
-            for k0 in tl.range(0, _piece(NET, 0, i), SLICE):
-                x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)
-                sums = _multiply_first(sums, x, weights, resident, k0, 0, NET, i, SLICE)
-    ends = ()
-    for j in tl.static_range(len(sums)):
-        ends = ends + (_scale_and_bias(sums[j], params, j, NET, 0),)
-    return ends
-
-
-@triton.jit
-def _next_slice(h, weights, resident, params, j, NET: tl.constexpr, l: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
     """Slice j of layer l before its LayerNorm and activation."""
     acc = tl.zeros([h[0].shape[0], _block(_get(NET, l, "width"), SLICE)], tl.float32)
-    for t in tl.static_range(len(h)):
+    for s in tl.static_range(len(h)):
         if len(resident) > 0:
-            w = resident[_resident_index(NET, l, 0, t, j, SLICE)]
+            w = resident[_resident_index(NET, l, s, j, SLICE)]
         else:
-            w = _weight_tile(weights, t * h[0].shape[1], j, NET, l, 0, COMPUTE, SLICE)
-        acc = tl.dot(h[t], w, acc, input_precision="tf32")
+            start = _tile_start(NET, l, s, SLICE)
+            w = _weight_tile(weights, start, j, NET, l, _tile_piece(NET, l, s, SLICE), COMPUTE, SLICE)
+        acc = tl.dot(h[s], w, acc, input_precision="tf32")
     return _scale_and_bias(acc, params, j, NET, l)
+
+
+@triton.jit
+def _wide_first_layer(
+    xs,
+    strides,
+    scales_ptr,
+    rows,
+    weights,
+    params,
+    NET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """All slices of layer 0 at once, for inputs too wide to be kept: each is read once."""
+    sums = ()
+    for _ in tl.static_range(_slices(_get(NET, 0, "width"), SLICE)):
+        sums = sums + (tl.zeros([rows.shape[0], _block(_get(NET, 0, "width"), SLICE)], tl.float32),)
+    for i in tl.static_range(_pieces(NET, 0)):
+        for k0 in tl.range(0, _piece(NET, 0, i), SLICE):
+            x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)
+            sums = _add_products(sums, x, weights, k0, NET, i, SLICE)
+    zs = ()
+    for j in tl.static_range(len(sums)):
+        zs = zs + (_scale_and_bias(sums[j], params, j, NET, 0),)
+    return zs
+
+
+@triton.jit
+def _add_products(sums, x, weights, k0, NET: tl.constexpr, i: tl.constexpr, SLICE: tl.constexpr):
+    more = ()
+    for j in tl.static_range(len(sums)):
+        w = _weight_tile(weights, k0, j, NET, 0, i, x.dtype, SLICE)
+        more = more + (tl.dot(x, w, sums[j], input_precision="tf32"),)
+    return more
 
 
 @triton.jit
@@ -189,9 +238,10 @@ def _scale_and_bias(acc, params, j, NET: tl.constexpr, l: tl.constexpr):
 @triton.jit
 def _add_moments(mean, squares, z, j, NET: tl.constexpr, l: tl.constexpr):
     # mean and sum of squared distances of the slices so far, joined with those of slice j
-    inside = (j * z.shape[1] + tl.arange(0, z.shape[1]) < _get(NET, l, "width"))[None, :]
-    seen = (j * z.shape[1]) * 1.0
-    count = tl.minimum(_get(NET, l, "width") - seen, z.shape[1])
+    n = j * z.shape[1] + tl.arange(0, z.shape[1])
+    inside = (n < _get(NET, l, "width"))[None, :]
+    seen = tl.zeros([1], tl.float32) + j * z.shape[1]
+    count = tl.minimum(_get(NET, l, "width") - seen, seen * 0.0 + z.shape[1])
     here = tl.sum(tl.where(inside, z, 0.0), axis=1) / count
     distance = tl.where(inside, z - here[:, None], 0.0)
     step = here - mean
@@ -206,7 +256,7 @@ def _finish(z, mean, inverse, params, j, NET: tl.constexpr, l: tl.constexpr):
         gamma = _vector(params, _get(NET, l, "gamma"), n, NET, l)
         z = (z - mean[:, None]) * inverse[:, None] * gamma + _vector(params, _get(NET, l, "beta"), n, NET, l)
     z = activate(z, _get(NET, l, "activation"), _get(NET, l, "parameter"))
-    if _get(NET, l, "width") % z.shape[1] != 0:
+    if _ragged(_get(NET, l, "width"), z.shape[1]):
         # not 0 times something: a row with an inf has NaN here
         z = tl.where((n < _get(NET, l, "width"))[None, :], z, 0.0)
     return z
@@ -257,6 +307,8 @@ def _network(
                 x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(tl.float32)
                 ys = _last_layer(ys, x, params, k0, o0, NET, i, EXACT)
     h = ()
+    if END > 0 and _input_tiles(NET, 0, SLICE) * SLICE <= 256:
+        h = _x_tiles(xs, strides, scales_ptr, rows, NET, COMPUTE, SLICE)
     for l in tl.static_range(END):
         ys, h = _layer(
             ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, l, COMPUTE, SLICE, EXACT
@@ -278,8 +330,8 @@ def _layer(
     SLICES: tl.constexpr = _slices(_get(NET, l, "width"), SLICE)
     BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
     zs = ()
-    if l == 0:
-        zs = _first_layer(xs, strides, scales_ptr, rows, weights, resident, params, NET, COMPUTE, SLICE)
+    if len(h) == 0:
+        zs = _wide_first_layer(xs, strides, scales_ptr, rows, weights, params, NET, COMPUTE, SLICE)
     elif len(resident) > 0 or SLICES == 1:
         for j in tl.static_range(SLICES):
             zs = zs + (_next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE),)
@@ -344,7 +396,7 @@ def _rows(
     NET: tl.constexpr, MEMBERS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, SLICE: tl.constexpr,
     OUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     # rows past the end repeat the last one and are not stored
     rows = tl.minimum(m, M - 1)
     o0 = tl.program_id(2) * OUT
@@ -356,7 +408,9 @@ def _rows(
     else:
         total, mean, squares = _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT)
         for e in tl.range(MEMBERS):
-            ys = _network(xs, strides, scales_ptr, rows, o0, weights, params, (), NET, COMPUTE, SLICE, OUT, EXACT)
+            ys = _network(
+                xs, strides, scales_ptr, rows, o0, weights, params, (), NET, COMPUTE, SLICE, OUT, EXACT
+            )
             total, mean, squares = _add_member(total, mean, squares, ys, e)
             weights += _size(NET, "weights")
             params += _size(NET, "params")
@@ -406,13 +460,55 @@ def _fused_mlp_kernel(
 class Tile(NamedTuple):
     block_m: int
     slice: int
+    out: int
     warps: int
     resident: bool
 
 
+# rows of the batch classes that share a tile: up to the first, up to the second, more
+FEW, SOME = 4096, 32768
+
+# 16-bit weights of one network that stay on chip beside the rows: the smallest shared memory is 64 KiB
+RESIDENT_BYTES = 48 * 1024
+
+
 def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
-    widest = max((layer.width for layer in net.layers[:-1]), default=0)
-    return Tile(64, 64, 4, widest <= 64 and not member_loop)
+    """The written rule, from what compiles without spilling, not yet from measurements.
+
+    Few rows: 16 a program, to fill the multiprocessors; in so small a tile any network fits the registers. Many rows,
+    at most 128 wide: 128 a program, the weights loaded once. Wider: 64 or 128 rows where a program keeps one layer of
+    256, slices of 32 where it keeps two, a layer and the next; 16 rows where it would keep more: a LayerNorm's sums,
+    more than 16 outputs, fp32. So do several such pairs, which compile for a minute otherwise.
+    """
+    hidden = net.layers[:-1]
+    widest = max((layer.width for layer in hidden), default=0)
+    width = net.layers[-1].width
+    # as many outputs as one program sums beside the rest
+    out = (
+        triton.next_power_of_2(width)
+        if width <= 4
+        else _block(width, 64 if compute == torch.float32 else 128)
+    )
+    few = Tile(16, 64, out, 4, False)
+    if m <= FEW or compute == torch.float32 or width > 16:
+        return few
+    if widest <= 128:
+        fits = 2 * net.weights <= RESIDENT_BYTES and net.layers[0].columns <= 256 and not member_loop
+        return Tile(128, 64, out, 4 if widest <= 64 else 8, fits)
+    pairs = sum(layer.width > 128 and layer.columns > 128 for layer in hidden[:-1])
+    if pairs > 1 or any(layer.eps is not None and layer.width > 128 for layer in hidden):
+        return few
+    if pairs == 1:
+        return Tile(64, 32, out, 4, False)
+    return Tile(64, 64, out, 4, False) if m <= SOME else Tile(128, 64, out, 8, False)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    pieces: tuple[int, ...], layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype
+) -> tuple[Layout, Tile]:
+    net = layout(pieces, layers, quantised)
+    return net, tile(net, rows, member_loop, compute)
 
 
 @lru_cache
@@ -430,31 +526,30 @@ def fused_mlp(
     compute_dtype: torch.dtype | None = None,
     input_scales: Tensor | None = None,
 ) -> Tensor:
-    y = output_like(inputs, weights, params, layers, members, reduce)
+    y = new_output(inputs, layers, members, reduce)
     xs = tuple(dense_rows(x) for x in inputs)
     m = xs[0].shape[0]
     if m == 0:
         return y
     pieces = tuple(x.shape[1] for x in xs)
     strides = tuple(x.stride(0) for x in xs)
-    net = layout(pieces, layers, weights.dtype == torch.int8)
     compute = compute_type(inputs, weights, compute_dtype)
-    loop = members if reduce == "mean_std" else 0
-    out = net.layers[-1].width
-    t = tile(net, m, loop != 0, compute)
-    wide = triton.next_power_of_2(out) if out <= 4 else _block(out, MAX_OUT)
+    loop = (members or 0) if reduce == "mean_std" else 0
+    rows = FEW if m <= FEW else SOME if m <= SOME else SOME + 1
+    net, t = _plan(pieces, layers, weights.dtype == torch.int8, rows, loop > 0, compute)
     programs = triton.cdiv(m, t.block_m)
     if t.resident:
         programs = min(programs, 2 * _multiprocessors(y.device))
+    grid = (programs, 1 if loop else members or 1, triton.cdiv(net.layers[-1].width, t.out))
+    # fp32 through the tensor cores to 2^-22, where there are any
     exact = "ieee" if y.device.type == "cpu" else "bf16x6"
-    dtypes = tuple(x.dtype for x in xs)
     key = (
-        dtypes, y.dtype, weights.dtype, compute, aligned(y, *xs, weights, params, input_scales),
-        pieces, strides, layers, loop, t, input_scales is None,
+        tuple(x.dtype for x in xs), y.dtype, weights.dtype, compute, input_scales is None,
+        aligned(y, *xs, weights, params, input_scales), pieces, strides, layers, loop, t,
     )  # fmt: skip
+    constants = (net, loop, TL_DTYPE[compute], t.resident, t.block_m, t.slice, t.out, exact)
     launch(
-        _fused_mlp_kernel, (programs, 1 if loop else members or 1, triton.cdiv(out, wide)), key,
-        (y, xs, strides, input_scales, weights, params, m, net, loop, TL_DTYPE[compute], t.resident, t.block_m, t.slice, wide, exact),
+        _fused_mlp_kernel, grid, key, (y, xs, strides, input_scales, weights, params, m, *constants),
         num_warps=t.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y
