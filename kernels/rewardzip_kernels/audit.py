@@ -26,6 +26,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # bytes of shared memory one block may use
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
+# how the parameters that make a tile begin
+SIZES = ("BLOCK", "SPLIT", "SLICE", "OUT")
+
 TENSOR_CORE = {
     "wgmma, A in registers": r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*\{",
     "wgmma": r"wgmma\.mma_async",
@@ -57,8 +60,8 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x = torch.empty(m, k, dtype=dtype, device="meta")
     weight = torch.empty(n, k, dtype=torch.int8, device="meta")
     scale = torch.empty(n, device="meta")
-    run = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}[op]
-    run(x, weight, scale, scale, "relu")
+    runs: dict[str, Any] = {"int8_linear": int8_linear, "int8_dynamic_linear": int8_dynamic_linear}
+    runs[op](x, weight, scale, scale, "relu")
 
 
 def _mlp(
@@ -103,11 +106,20 @@ MLPS: tuple[tuple[tuple[int, ...], str, dict[str, Any]], ...] = (
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Host calls that between them launch every kernel in every tile class its rule can give."""
-    for m, n, k in ((1, 4096, 4096), (16, 1024, 4096), (64, 4096, 4096), (1024, 4096, 4096), (4096, 4096, 4096)):
+    for m, n, k in (
+        (1, 4096, 4096),
+        (16, 1024, 4096),
+        (64, 4096, 4096),
+        (1024, 4096, 4096),
+        (4096, 4096, 4096),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             yield f"int8_linear {m}x{n}x{k} {name}", partial(_linear, "int8_linear", m, n, k, dtype)
-        yield f"int8_dynamic_linear {m}x{n}x{k}", partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32)
+        yield (
+            f"int8_dynamic_linear {m}x{n}x{k}",
+            partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
+        )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
     for pieces, layers, options in MLPS:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
@@ -184,7 +196,10 @@ def _usage(compiled: Any) -> tuple[int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -206,13 +221,10 @@ def rows_of(case: str, target: str) -> list[Row]:
     for kernel, args, options in recorded(dict(cases())[case]):
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
-        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT", "SLICE", "OUT"))}
-        rows.append(
-            Row(
-                case, kernel.__name__, target, " ".join(str(v) for v in tile.values()), options["num_warps"],
-                registers, stack, compiled.metadata.shared, _instructions(compiled),
-            )  # fmt: skip
-        )
+        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(SIZES)}
+        sizes = " ".join(str(size) for size in tile.values())
+        used = (options["num_warps"], registers, stack, compiled.metadata.shared, _instructions(compiled))
+        rows.append(Row(case, kernel.__name__, target, sizes, *used))
     return rows
 
 

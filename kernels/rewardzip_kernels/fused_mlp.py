@@ -130,21 +130,15 @@ def _check(
     first = inputs[0]
     for i, x in enumerate(inputs):
         if x.dtype not in FLOATS and x.dtype not in INTEGERS:
-            raise TypeError(
-                f"fused_mlp: input {i} is {x.dtype}; it must be float32, float16, bfloat16, int8 or uint8"
-            )
+            raise TypeError(f"fused_mlp: input {i} is {x.dtype}; it must be float32, float16, bfloat16, int8 or uint8")
         if x.dim() == 0 or x.shape[-1] == 0 or x.shape[:-1] != first.shape[:-1]:
-            raise ValueError(
-                f"fused_mlp: input {i} has shape {tuple(x.shape)}, but input 0 {tuple(first.shape)}"
-            )
+            raise ValueError(f"fused_mlp: input {i} has shape {tuple(x.shape)}, but input 0 {tuple(first.shape)}")
         if x.dtype in INTEGERS and input_scales is None:
             raise ValueError(f"fused_mlp: input {i} is {x.dtype}, but input_scales is None")
     for name, tensor in (*((f"input {i}", x) for i, x in enumerate(inputs)), ("params", params)):
         if tensor.device != weights.device:
             raise ValueError(f"fused_mlp: {name} is on {tensor.device}, weights on {weights.device}")
-    if input_scales is not None and (
-        input_scales.shape != (len(inputs), 2) or input_scales.dtype != torch.float32
-    ):
+    if input_scales is not None and (input_scales.shape != (len(inputs), 2) or input_scales.dtype != torch.float32):
         raise ValueError(
             f"fused_mlp: input_scales is {input_scales.dtype} {tuple(input_scales.shape)}; "
             f"it must be float32 ({len(inputs)}, 2)"
@@ -156,9 +150,7 @@ def _check(
     if reduce == "mean_std" and members is None:
         raise ValueError("fused_mlp: reduce is 'mean_std', but members is None")
     if compute_dtype is not None and compute_dtype not in FLOATS:
-        raise TypeError(
-            f"fused_mlp: compute_dtype is {compute_dtype}; it must be float32, float16 or bfloat16"
-        )
+        raise TypeError(f"fused_mlp: compute_dtype is {compute_dtype}; it must be float32, float16 or bfloat16")
     net = layout(tuple(x.shape[-1] for x in inputs), layers, weights.dtype == torch.int8)
     check_sizes("fused_mlp", weights, params, net, members or 1)
 

@@ -72,7 +72,7 @@ def linear_input_gradient(ctx: Any, grad: Tensor, pre_activation: Any) -> Tensor
     point = saved if entry.from_output else pre_activation(saved, weight, scale, bias, "none", ctx.extra)
     slope = entry.derivative(point.float(), parameter)
     inner = (grad.float() * slope * scale).to(grad.dtype)
-    return inner @ weight.to(grad.dtype)
+    return torch.matmul(inner, weight.to(grad.dtype))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

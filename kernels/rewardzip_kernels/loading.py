@@ -1,6 +1,7 @@
 """The fast implementation of an op, imported on first use: neither Triton nor Numba is touched before it is needed."""
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 _found: dict[tuple[str, str], Callable[..., Any]] = {}
 
 NEEDS = {"gpu": "triton", "cpu": "numba"}
+OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear", "fused_mlp", "reward_head")
 
 
 def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,3 +35,14 @@ def implementation(device: str, op: str, reference: Callable[..., Any]) -> Calla
         function = reference
     _found[device, op] = function
     return function
+
+
+def available() -> dict[str, dict[str, str]]:
+    """For each op and device, what would run it; looks without importing."""
+    return {op: {device: _how(device, op) for device in NEEDS} for op in OPS}
+
+
+def _how(device: str, op: str) -> str:
+    if importlib.util.find_spec(f"{__package__}.{device}.{op}") is None:
+        return "torch"
+    return NEEDS[device] if importlib.util.find_spec(NEEDS[device]) else f"torch ({NEEDS[device]} is not installed)"

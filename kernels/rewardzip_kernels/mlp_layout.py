@@ -99,9 +99,7 @@ def parse_layers(layers: str) -> tuple[tuple[int, float | None, str], ...]:
         activations.parse(activation)
         found.append((int(width), eps, activation))
     if len(found) > MAX_LAYERS:
-        raise ValueError(
-            f"layers: {layers!r} has {len(found)} layers; at most {MAX_LAYERS} fit in one launch"
-        )
+        raise ValueError(f"layers: {layers!r} has {len(found)} layers; at most {MAX_LAYERS} fit in one launch")
     if found[-1][1] is not None:
         raise ValueError(f"layers: {layers!r} has a LayerNorm after the last layer")
     return tuple(found)
@@ -145,9 +143,7 @@ def pack(members: Sequence[Sequence[Linear]], pieces: Sequence[int], layers: str
     params = torch.zeros(len(members), net.params, device=device)
     for e, member in enumerate(members):
         if len(member) != len(net.layers):
-            raise ValueError(
-                f"pack: member {e} has {len(member)} layers, but {layers!r} has {len(net.layers)}"
-            )
+            raise ValueError(f"pack: member {e} has {len(member)} layers, but {layers!r} has {len(net.layers)}")
         for i, (layer, tensors) in enumerate(zip(net.layers, member, strict=True)):
             hidden = i + 1 < len(member)
             name = f"pack: member {e}, layer {i}"
@@ -188,16 +184,12 @@ def _check_linear(name: str, tensors: Linear, layer: Layer, dtype: torch.dtype) 
     for part, place in wanted.items():
         vector = getattr(tensors, part)
         if (vector is None) != (place is None):
-            raise ValueError(
-                f"{name}: {part} is {'missing' if vector is None else 'given, but has no place'}"
-            )
+            raise ValueError(f"{name}: {part} is {'missing' if vector is None else 'given, but has no place'}")
         if vector is not None and vector.shape != (layer.width,):
             raise ValueError(f"{name}: {part} has shape {tuple(vector.shape)}; it must be ({layer.width},)")
 
 
-def unpack(
-    weights: Tensor, params: Tensor, pieces: Sequence[int], layers: str, members: int = 1
-) -> list[list[Linear]]:
+def unpack(weights: Tensor, params: Tensor, pieces: Sequence[int], layers: str, members: int = 1) -> list[list[Linear]]:
     """The inverse of ``pack``; all but the first layer's weight of several pieces are views."""
     net = layout(tuple(pieces), layers, weights.dtype == torch.int8)
     check_sizes("unpack", weights, params, net, members)

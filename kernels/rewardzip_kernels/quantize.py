@@ -5,7 +5,7 @@
 
 so that row ~= q * scale, off by at most scale / 2 (1 + 2^-16). With a static scale, ``inverse`` is 1 / scale and larger
 values saturate. Every operation above is one correctly rounded fp32 operation, so the integers are the same to the bit
-on every device. A row that holds an inf or a NaN gets the scale NaN and integers 0: all that is computed from it is NaN.
+on every device. A row that holds an inf or a NaN gets the scale NaN and integers 0: all computed from it is NaN.
 """
 
 import torch

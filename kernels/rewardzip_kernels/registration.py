@@ -13,7 +13,13 @@ Function = Callable[..., Any]
 
 
 def register(
-    schema: str, *, reference: Function, check: Function, fake: Function, setup_context: Function, backward: Function
+    schema: str,
+    *,
+    reference: Function,
+    check: Function,
+    fake: Function,
+    setup_context: Function,
+    backward: Function,
 ) -> Any:
     """Define ``rewardzip::<schema>``: checks, a kernel per device (the reference elsewhere), shape rule, gradient."""
     name = schema.partition("(")[0]

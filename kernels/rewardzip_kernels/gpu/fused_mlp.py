@@ -401,16 +401,12 @@ def _rows(
     rows = tl.minimum(m, M - 1)
     o0 = tl.program_id(2) * OUT
     if MEMBERS == 0:
-        ys = _network(
-            xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, COMPUTE, SLICE, OUT, EXACT
-        )
+        ys = _network(xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, COMPUTE, SLICE, OUT, EXACT)
         _store(y_ptr, ys, m, o0, M, NET)
     else:
         total, mean, squares = _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT), _zeros(BLOCK_M, OUT)
         for e in tl.range(MEMBERS):
-            ys = _network(
-                xs, strides, scales_ptr, rows, o0, weights, params, (), NET, COMPUTE, SLICE, OUT, EXACT
-            )
+            ys = _network(xs, strides, scales_ptr, rows, o0, weights, params, (), NET, COMPUTE, SLICE, OUT, EXACT)
             total, mean, squares = _add_member(total, mean, squares, ys, e)
             weights += _size(NET, "weights")
             params += _size(NET, "params")
@@ -484,11 +480,7 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
     widest = max((layer.width for layer in hidden), default=0)
     width = net.layers[-1].width
     # as many outputs as one program sums beside the rest
-    out = (
-        triton.next_power_of_2(width)
-        if width <= 4
-        else _block(width, 64 if compute == torch.float32 else 128)
-    )
+    out = triton.next_power_of_2(width) if width <= 4 else _block(width, 64 if compute == torch.float32 else 128)
     few = Tile(16, 64, out, 4, False)
     if m <= FEW or compute == torch.float32 or width > 16:
         return few

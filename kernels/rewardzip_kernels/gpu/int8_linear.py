@@ -1,4 +1,4 @@
-"""int8 weights times rows, on a GPU: one kernel for float rows and for int8 rows, a GEMV for few, a second pass for split K.
+"""int8 weights times rows, on a GPU: one kernel for float and for int8 rows, a GEMV for few, two passes for split K.
 
 The operands are swapped, y^T = weight @ x^T, so that the weights are the tensor core's first operand: dequantised in
 registers, they never pass through shared memory, and the rows are its narrow side, as few as 16.
@@ -9,7 +9,8 @@ registers, they never pass through shared memory, and the rows are its narrow si
     partial      [SPLIT_K, M, N] fp32 or int32        |
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +22,12 @@ from ..checks import dense_rows
 from .activations import activate
 from .launch import aligned, launch
 
-TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+TL_DTYPE = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.int8: tl.int8,
+}
 
 
 @triton.jit
@@ -140,7 +146,8 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
 
     Few rows: bytes of weights are all that counts, so narrow output tiles give every multiprocessor some, and K is
     split where there are still fewer than 128 programs and each part keeps 1024 inputs. Many rows: 128 x 128, where a
-    tile's products outweigh its loads; 64 x 64 where K is odd, whose byte-wide loads would spill. x_bytes shortens the K tile so that the stages fit in shared memory.
+    tile's products outweigh its loads; 64 x 64 where K is odd, whose byte-wide loads would spill. x_bytes shortens the
+    K tile so that the stages fit in shared memory.
     """
     if m <= 4:
         return Tile(0, 8, 512, 1, 4, 3)
@@ -157,6 +164,34 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
     return Tile(128, 128, block_k, 1, 8, 3)
 
 
+class Plan(NamedTuple):
+    """How one product is launched: what does not depend on the addresses."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    split_k: int
+    epilogue: tuple[str, float]
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+
+
+# worked out once a shape: this is on the path of every call
+@lru_cache(maxsize=4096)
+def plan(m: int, n: int, k: int, x_bytes: int, compute: torch.dtype, activation: str) -> Plan:
+    t = tile(m, n, k, x_bytes)
+    entry, parameter = activations.parse(activation)
+    epilogue = (entry.name, parameter)
+    constants: tuple[Any, ...] = (*epilogue, TL_DTYPE[compute], k % (t.block_k * t.split_k) == 0)
+    if t.block_m == 0:
+        grid = (triton.cdiv(n, t.block_n) * m, 1, 1)
+        constants += (t.block_n, t.block_k)
+        return Plan(_int8_gemv_kernel, grid, 1, epilogue, constants, t.warps, t.stages)
+    grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), t.split_k, 1)
+    constants += (t.split_k, t.block_m, t.block_n, t.block_k)
+    return Plan(_int8_linear_kernel, grid, t.split_k, epilogue, constants, t.warps, t.stages)
+
+
 def int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -165,9 +200,8 @@ def int8_linear(
     activation: str = "none",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    rows = dense_rows(x)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    weights_times_rows(rows, weight, scale, bias, activation, None, y, compute_dtype or x.dtype)
+    weights_times_rows(dense_rows(x), weight, scale, bias, activation, None, y, compute_dtype or x.dtype)
     return y
 
 
@@ -182,35 +216,23 @@ def weights_times_rows(
     compute: torch.dtype,
 ) -> None:
     """y [M, N] = act(scale * row_scale * (x @ weight^T) + bias); x [M, K] float, or int8 with its row_scale."""
-    (m, k), n = x.shape, weight.shape[0]
+    (m, k), n, stride = x.shape, weight.shape[0], x.stride(0)
     if m == 0:
         return
     weight = weight.contiguous()
-    entry, parameter = activations.parse(activation)
-    t = tile(m, n, k, x.element_size())
-    epilogue = (entry.name, parameter)
-    key = (x.dtype, y.dtype, compute, aligned(x, weight, scale, bias, row_scale, y), bias is None, n, k, x.stride(0), t, epilogue)
-    tensors = (x, weight, scale, bias, row_scale, y)
-    sizes = (m, n, k, x.stride(0))
-    even_k = k % (t.block_k * t.split_k) == 0
-    constants = (*epilogue, TL_DTYPE[compute], even_k)
-    if t.block_m == 0:
-        launch(
-            _int8_gemv_kernel, (triton.cdiv(n, t.block_n) * m, 1, 1), key,
-            (*tensors, *sizes, *constants, t.block_n, t.block_k),
-            num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        return
-    split_sums = torch.int32 if compute == torch.int8 else torch.float32
-    target = y if t.split_k == 1 else torch.empty(t.split_k, m, n, dtype=split_sums, device=x.device)
+    p = plan(m, n, k, x.element_size(), compute, activation)
+    key = (x.dtype, y.dtype, aligned(x, weight, scale, bias, row_scale, y), bias is None, n, k, stride, p.constants)
+    sums = y
+    if p.split_k > 1:
+        sums_dtype = torch.int32 if compute == torch.int8 else torch.float32
+        sums = torch.empty(p.split_k, m, n, dtype=sums_dtype, device=x.device)
     launch(
-        _int8_linear_kernel, (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), t.split_k, 1), key,
-        (*tensors[:5], target, *sizes, *constants, t.split_k, t.block_m, t.block_n, t.block_k),
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        p.kernel, p.grid, key, (x, weight, scale, bias, row_scale, sums, m, n, k, stride, *p.constants),
+        num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if t.split_k > 1:
+    if p.split_k > 1:
         launch(
             _sum_splits_kernel, (m, triton.cdiv(n, 1024), 1), key,
-            (target, scale, bias, row_scale, y, m, n, *epilogue, t.split_k, 1024),
+            (sums, scale, bias, row_scale, y, m, n, *p.epilogue, p.split_k, 1024),
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

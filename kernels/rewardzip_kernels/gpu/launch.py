@@ -6,6 +6,7 @@ the kernel, the device, every dtype, pointer alignment, the integers Triton look
 """
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ def aligned(*tensors: Tensor | None) -> bool | tuple[bool, ...]:
     return True if bits % 16 == 0 else tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def interpret(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def interpret(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Triton's interpreter, where TRITON_INTERPRET=1 was set before the kernels were imported."""
     kernel[grid](*args, **options)
 
 
-# what a launch on anything but a GPU does; the audit records it instead
+# what a launch on anything but a GPU does, returning a compiled kernel or None; the audit records it instead
 off_gpu = interpret
 
 
@@ -39,20 +40,25 @@ def launch(kernel: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], a
     device = args[0].device
     key = (kernel, device.index, *key)
     compiled = _compiled.get(key)
-    if compiled is not None and knobs.runtime.launch_enter_hook is None:
-        if device.index == torch.cuda.current_device():
+    if compiled is None or knobs.runtime.launch_enter_hook.calls:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            compiled = (
+                (kernel[grid](*args, **options)) if device.type == "cuda" else off_gpu(kernel, grid, args, options)
+            )
+        if compiled is not None:
+            _compiled[key] = compiled
+    elif device.index == torch.cuda.current_device():
+        _run(compiled, grid, device.index, args)
+    else:
+        with torch.cuda.device(device):
             _run(compiled, grid, device.index, args)
-        else:
-            with torch.cuda.device(device):
-                _run(compiled, grid, device.index, args)
-        return
-    if device.type != "cuda":
-        off_gpu(kernel, grid, args, options)
-        return
-    with torch.cuda.device(device):
-        _compiled[key] = kernel[grid](*args, **options)
+
+
+def current_stream(device: int) -> int:
+    stream: int = triton.runtime.driver.active.get_current_stream(device)
+    return stream
 
 
 def _run(compiled: Any, grid: tuple[int, int, int], device: int, args: tuple[Any, ...]) -> None:
-    stream = triton.runtime.driver.active.get_current_stream(device)
+    stream = current_stream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)

@@ -1,0 +1,48 @@
+# make demo and make test set everything up by themselves. TORCH=mine uses the torch that $(PYTHON) already has.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WORKERS ?= 2
+
+ifeq ($(TORCH),mine)
+VENV_FLAGS = --system-site-packages
+PIP_FLAGS =
+else
+VENV_FLAGS =
+PIP_FLAGS = -c constraints.txt
+endif
+
+.PHONY: demo test lint audit launch-cost bench gpu clean
+
+demo: $(VENV)/ready
+	$(BIN)/rewardzip demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+audit: $(VENV)/ready
+	$(BIN)/python -m rewardzip_kernels.audit
+
+launch-cost: $(VENV)/ready
+	$(BIN)/python benchmarks/launch_cost.py
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/linear.py --out out/bench
+
+# on a machine with a GPU; DRY=1 goes through every step without one. PARTS="tests bench" runs some of it
+gpu: $(if $(DRY),$(VENV)/ready)
+	PYTHON=$(if $(DRY),$(BIN)/python,$(PYTHON)) DRY=$(DRY) benchmarks/gpu.sh out/gpu $(PARTS)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,build]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist out .pytest_cache .mypy_cache .ruff_cache

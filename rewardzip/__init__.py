@@ -1,0 +1,19 @@
+"""Smaller, faster reward models, and what it cost."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .checkpoint import CheckpointError as CheckpointError
+from .checkpoint import load as load
+from .checkpoint import save as save
+from .explain import explain as explain
+from .fit import fit as fit
+from .int8 import Int8 as Int8
+from .models import RewardMLP as RewardMLP
+from .swap import refresh as refresh
+from .swap import restore as restore
+from .swap import swap as swap
+
+try:
+    __version__ = version("rewardzip")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0"

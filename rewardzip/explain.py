@@ -1,0 +1,58 @@
+"""What became of each linear layer of a model, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .fuse import FusedForward
+from .int8 import Int8
+from .nn import CompressedLinear
+from .nn.base import is_conv1d
+from .swap import reason_to_leave
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    op: str
+    activation: str
+    why: str
+    bytes_before: int
+    bytes_after: int
+
+
+class Explanation(list[Layer]):
+    """One entry a linear layer; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [("layer", "op", "activation", "bytes before", "after", "why")]
+        for e in self:
+            lines.append((e.name, e.op, e.activation, str(e.bytes_before), str(e.bytes_after), e.why))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """A table of the model's linear layers: what runs them, what is fused, why, and bytes before and after."""
+    fused = {
+        f"{name}.{child}" if name else child: activation
+        for name, module in model.named_modules()
+        if isinstance(module, FusedForward)
+        for child, activation in module.fused.items()
+    }
+    found = Explanation()
+    for name, m in model.named_modules():
+        if isinstance(m, CompressedLinear):
+            after = sum(b.numel() * b.element_size() for b in m.buffers())
+            dense = (m.in_features + (m.fp32_bias is not None)) * m.out_features * m.dtype.itemsize
+            activation = fused.get(name, "none")
+            why = "its activation in the same launch" if name in fused else "no activation behind it was found"
+            found.append(Layer(name, type(m).__name__, activation, why, dense, after))
+        elif isinstance(m, nn.Linear) or is_conv1d(m):
+            size = sum(p.numel() * p.element_size() for p in m.parameters())
+            plain = type(m) is nn.Linear or is_conv1d(m)
+            why = reason_to_leave(name, m, Int8()) if plain else "a subclass of nn.Linear"
+            found.append(Layer(name, type(m).__name__, "none", why or "not chosen", size, size))
+    return found

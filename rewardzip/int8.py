@@ -1,0 +1,61 @@
+"""``Int8``: what ``swap`` is told to turn linear layers into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .nn.int8_linear import Int8Linear
+
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Int8:
+    """int8 weights, one scale per output.
+
+    activations: None keeps the rows in their own type (the default: the model's numbers move least); "dynamic" rounds
+        each row to int8 inside the layer; "static" uses one scale a layer, taken from the example inputs.
+    compute_dtype: what the products of float rows are made of, "float32" (tf32 on a GPU), "float16" or "bfloat16".
+        None is the type of the rows. "float16" for wider rows needs example inputs, whose range is checked.
+    scalar_outputs: also take layers with one output, which are otherwise left in full precision.
+    """
+
+    activations: Literal["dynamic", "static"] | None = None
+    compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    scalar_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activations not in (None, "dynamic", "static"):
+            raise ValueError(f"Int8: activations is {self.activations!r}; it must be None, 'dynamic' or 'static'")
+        if self.compute_dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"Int8: compute_dtype is {self.compute_dtype!r}; it must be None, 'float32', 'float16' or 'bfloat16'"
+            )
+        if self.activations is not None and self.compute_dtype is not None:
+            raise ValueError(
+                f"Int8: activations={self.activations!r} multiplies int8 by int8; "
+                f"compute_dtype={self.compute_dtype!r} has no meaning there"
+            )
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether a layer can only be made knowing the largest input it sees."""
+        return self.activations == "static" or self.compute_dtype == "float16"
+
+    def make(self, linear: nn.Linear, name: str, x_amax: float | None) -> Int8Linear:
+        half = self.compute_dtype == "float16"
+        if half and x_amax is not None and not x_amax <= HALF_MAX:
+            raise ValueError(
+                f"swap: layer {name!r} sees inputs up to {x_amax:g}, but float16 ends at {HALF_MAX:g}; "
+                "use compute_dtype='bfloat16' or leave it out"
+            )
+        return Int8Linear.from_linear(
+            linear,
+            rows=self.activations or "float",
+            compute_dtype=None if self.compute_dtype is None else getattr(torch, self.compute_dtype),
+            x_amax=x_amax,
+        )

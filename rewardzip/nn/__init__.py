@@ -1,0 +1,4 @@
+"""One module per kernel, each made from trained layers by ``from_linear``."""
+
+from .base import CompressedLinear as CompressedLinear
+from .int8_linear import Int8Linear as Int8Linear

@@ -1,0 +1,95 @@
+"""What every compressed linear layer shares: it looks like ``nn.Linear`` from outside and keeps its scales exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class CompressedLinear(nn.Module):
+    """``act(x @ weight^T + bias)`` from a compressed weight.
+
+    ``dtype`` is that of the model around it: it follows ``.half()`` and ``.to()``, and ``weight`` and ``bias`` read in
+    it. The buffers themselves follow the device only, since scales rounded to 16 bits would move every weight.
+    """
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight this layer stands for, made anew at each reading."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.fp32_bias
+        return None if bias is None else bias.to(self.dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings: Any) -> Self:
+        raise NotImplementedError
+
+    def check_refresh(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias ``refresh`` would take, or an error where they do not fit."""
+        weight, bias = check_source("refresh", linear)
+        mine, theirs = (self.out_features, self.in_features), tuple(weight.shape)
+        if theirs != mine or (bias is None) != (self.fp32_bias is None):
+            raise ValueError(
+                f"refresh: the dense layer is {theirs} {'without' if bias is None else 'with'} bias, "
+                f"the packed one {mine} {'without' if self.fp32_bias is None else 'with'}"
+            )
+        return weight, bias
+
+    def refresh(self, linear: nn.Linear) -> None:
+        """Take the numbers of ``linear`` over, in place: no buffer moves, so captured graphs stay valid."""
+        raise NotImplementedError
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the same numbers."""
+        linear = nn.Linear(self.in_features, self.out_features, self.fp32_bias is not None, "meta", self.dtype)
+        linear.weight = nn.Parameter(self.weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias)
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        probe = next(b for b in before.values() if b is not None)
+        self.dtype = fn(probe.new_empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            moved = self._buffers[name]
+            if exact is not None and moved is not None and moved.dtype != exact.dtype:
+                self._buffers[name] = exact.to(moved.device)
+        return self
+
+
+def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [out, in], bias) of a dense layer, or an error that says what is wrong with it."""
+    if nn.parameter.is_lazy(next(linear.parameters(), None)):
+        raise ValueError(f"{kind}: {linear} has no weights yet; run one batch through the model first")
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    original, mask = getattr(linear, "weight_orig", None), getattr(linear, "weight_mask", None)
+    if original is not None and mask is not None:
+        # torch.nn.utils.prune applies the mask in a hook before forward: the attribute may lag behind
+        weight = original * mask
+    if is_conv1d(linear):
+        weight = weight.t()
+    if weight.is_meta:
+        raise ValueError(f"{kind}: {linear} is on the meta device; load its weights first")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{kind}: weight is {weight.dtype}; it must be float32, float16 or bfloat16")
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -1,0 +1,87 @@
+"""``Int8Linear``: a linear layer and its activation on the int8 kernels."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
+from torch import Tensor, nn
+
+from .base import CompressedLinear, check_source
+
+Rows = Literal["float", "dynamic", "static"]
+
+
+class Int8Linear(CompressedLinear):
+    """int8 weights with a scale per output; see ``rewardzip_kernels.int8_linear`` for the numerics.
+
+    rows: "float" keeps x as it is, "dynamic" rounds each row of x to int8, "static" does so with one scale for all.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        rows: Rows = "float",
+        compute_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if rows not in ("float", "dynamic", "static"):
+            raise ValueError(f"Int8Linear: rows is {rows!r}; it must be 'float', 'dynamic' or 'static'")
+        self.in_features, self.out_features = in_features, out_features
+        self.rows, self.compute_dtype, self.dtype = rows, compute_dtype, dtype
+        self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.ones(out_features, device=device))
+        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("x_scale", torch.ones(1, device=device) if rows == "static" else None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rows: Rows = "float",
+        compute_dtype: torch.dtype | None = None,
+        x_amax: float | None = None,
+    ) -> Self:
+        """Round a dense layer's weights; ``x_amax``, the largest input magnitude, is what a static scale is made of."""
+        weight, bias = check_source("Int8Linear", linear)
+        n, k = weight.shape
+        layer = cls(k, n, bias is not None, rows, compute_dtype, weight.dtype, weight.device)
+        if rows == "static":
+            if x_amax is None:
+                raise ValueError("Int8Linear: rows='static' needs x_amax, the largest input magnitude seen")
+            layer.x_scale.fill_(max(x_amax, 1e-30) / 127)
+        layer.refresh(linear)
+        bad = int((~layer.scale.isfinite()).sum())
+        if bad:
+            raise ValueError(f"Int8Linear: {bad} of the {n} outputs of {linear} have weights that are inf or NaN")
+        return layer.train(linear.training)
+
+    def refresh(self, linear: nn.Linear) -> None:
+        weight, bias = self.check_refresh(linear)
+        quantize_rows(weight, out=(self.int8_weight, self.scale))
+        if bias is not None:
+            self.fp32_bias.copy_(bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return (self.int8_weight.float() * self.scale[:, None]).to(self.dtype)
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        if self.rows == "float":
+            return int8_linear(x, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)
+        return int8_dynamic_linear(x, self.int8_weight, self.scale, self.fp32_bias, activation, self.x_scale)
+
+    def extra_repr(self) -> str:
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.fp32_bias is not None}, rows={self.rows}{compute}"
+        )
+
+    int8_weight: Tensor
+    scale: Tensor

@@ -1,0 +1,220 @@
+"""Putting compressed layers into a trained model, taking them out again, and keeping them up to date."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .fuse import FusedForward, fuse, has_hooks, unfuse
+from .int8 import Int8
+from .nn import CompressedLinear
+from .nn.base import is_conv1d
+
+Model = TypeVar("Model", bound=nn.Module)
+Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
+
+
+def swap(
+    model: nn.Module,
+    config: Int8,
+    example_inputs: Any = None,
+    *,
+    skip: Choice = (),
+    filter: Choice | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """A copy of ``model`` with its linear layers, and the activations behind them, on fused kernels.
+
+    skip, filter: names, shell wildcards, or ``(module, name) -> bool``; what ``skip`` matches, or ``filter`` does not,
+    stays dense. example_inputs: one batch (a tensor, or a tuple of the forward's arguments), needed by static scales
+    and by float16 products. Layers with one output stay dense unless the config says otherwise; ``explain`` tells of
+    each layer what became of it and why.
+    """
+    _check_choice(model, "skip", skip)
+    _check_choice(model, "filter", filter)
+    if config.needs_range and example_inputs is None:
+        raise ValueError(f"swap: {config} needs example_inputs to see how large each layer's inputs are")
+    linears = dict(_dense_layers(model))
+    if not linears:
+        raise ValueError(f"swap: {type(model).__name__} has no nn.Linear to replace")
+    left = {}
+    for name, linear in linears.items():
+        reason = reason_to_leave(name, linear, config, skip, filter)
+        if reason:
+            left[name] = reason
+    chosen = {name: linear for name, linear in linears.items() if name not in left}
+    ranges = _input_ranges(model, chosen, example_inputs) if config.needs_range else {}
+
+    made: dict[int, Any] = {}
+    for name, linear in chosen.items():
+        if id(linear) not in made:
+            made[id(linear)] = config.make(linear, name, ranges.get(id(linear)))
+    if inplace:
+        model = _put(model, {name: made[id(linear)] for name, linear in chosen.items()})
+    else:
+        # the copy finds each replaced layer copied already
+        model = copy.deepcopy(model, made)
+    notes = fuse_forwards(model)
+    if not chosen:
+        warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
+    if notes:
+        warnings.warn(f"some activations are not fused: {_listed(notes)}", UserWarning, stacklevel=2)
+    return model
+
+
+def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A copy of a swapped model on ``nn.Linear`` again, with the numbers its compressed layers stand for."""
+    if not inplace:
+        model = copy.deepcopy(model)
+    made: dict[int, nn.Module] = {}
+    dense = {}
+    for name, layer in _modules(model):
+        if isinstance(layer, FusedForward):
+            unfuse(layer)  # type: ignore[arg-type]
+        if isinstance(layer, CompressedLinear):
+            dense[name] = made.setdefault(id(layer), layer.to_linear())
+    return _put(model, dense)
+
+
+def refresh(fast: nn.Module, model: nn.Module) -> None:
+    """Re-pack ``fast`` from the dense ``model`` it was made of, in place; what was left dense is copied too."""
+    pairs = []
+    for name, layer in _modules(fast):
+        if isinstance(layer, CompressedLinear):
+            try:
+                source = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"refresh: the packed model has a layer {name!r}, the dense one has none") from None
+            if not isinstance(source, nn.Linear) and not is_conv1d(source):
+                raise ValueError(f"refresh: layer {name!r} is {type(source).__name__}, not a dense linear layer")
+            layer.check_refresh(source)
+            pairs.append((layer, source))
+    packed = {id(t) for layer, _ in pairs for t in layer.buffers()}
+    theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    copies = []
+    for name, tensor in (*fast.named_parameters(), *fast.named_buffers()):
+        if id(tensor) in packed:
+            continue
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            found = tuple(theirs[name].shape) if name in theirs else "none"
+            raise ValueError(f"refresh: {name!r} has shape {tuple(tensor.shape)}, in the dense model {found}")
+        copies.append((tensor, theirs[name]))
+    with torch.no_grad():
+        for layer, source in pairs:
+            layer.refresh(source)
+        for tensor, source in copies:
+            tensor.copy_(source)
+
+
+def fuse_forwards(model: nn.Module) -> dict[str, str]:
+    """Fuse every module that calls compressed layers; the reasons for those that own some and could not be."""
+    notes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear | FusedForward | nn.ModuleList | nn.ModuleDict):
+            continue
+        if any(isinstance(m, CompressedLinear) for m in module.modules()):
+            reason = fuse(module)
+            if reason and _owns_activated(module):
+                notes[name or type(module).__name__] = reason
+    return notes
+
+
+def _owns_activated(module: nn.Module) -> bool:
+    """Whether the module's own code runs compressed layers and seems to run an activation behind them."""
+    children = list(module.children())
+    for child in children:
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            children += child.children()
+    names = set(type(module).forward.__code__.co_names) if hasattr(type(module).forward, "__code__") else set()
+    active = bool(names & {"relu", "relu_", "tanh", "sigmoid", "elu", "leaky_relu", "silu", "mish", "gelu"})
+    active |= any(type(child).__module__ == "torch.nn.modules.activation" for child in children)
+    return active and any(isinstance(child, CompressedLinear) for child in children)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name it has, as a list: the model may be changed on the way."""
+    yield from list(model.named_modules(remove_duplicate=False))
+
+
+def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in _modules(model):
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(f"swap: {name!r} is {type(module).__name__}: run one batch through the model first")
+        # subclasses override forward: replacing them would drop what they add
+        if type(module) is nn.Linear or is_conv1d(module):
+            yield name, module  # type: ignore[misc]
+
+
+def reason_to_leave(
+    name: str, linear: nn.Module, config: Int8, skip: Choice = (), filter: Choice | None = None
+) -> str | None:
+    outputs = linear.weight.shape[1] if is_conv1d(linear) else linear.weight.shape[0]
+    pruned = hasattr(linear, "weight_mask") and hasattr(linear, "weight_orig")
+    if _matches(skip, linear, name):
+        return "skipped"
+    if filter is not None and not _matches(filter, linear, name):
+        return "not in filter"
+    if outputs == 1 and not config.scalar_outputs:
+        return "one output, kept in full precision"
+    if "forward" in linear.__dict__:
+        return "its forward was replaced"
+    if has_hooks(linear) and not pruned:
+        return "it has hooks"
+    return None
+
+
+def _matches(choice: Choice, module: nn.Module, name: str) -> bool:
+    if callable(choice):
+        return choice(module, name)
+    patterns = [choice] if isinstance(choice, str) else choice
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_choice(model: nn.Module, kind: str, choice: Choice | None) -> None:
+    if choice is None or callable(choice):
+        return
+    names = [name for name, _ in _dense_layers(model)]
+    for pattern in [choice] if isinstance(choice, str) else choice:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"swap: {kind} {pattern!r} matches no linear layer; there are {', '.join(names)}")
+
+
+def _input_ranges(model: nn.Module, chosen: dict[str, nn.Linear], example_inputs: Any) -> dict[int, float]:
+    """The largest input magnitude each layer sees while the model runs on the example inputs."""
+    largest: dict[int, float] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        amax = float(args[0].detach().abs().max()) if args[0].numel() else 0.0
+        largest[id(module)] = max(largest.get(id(module), 0.0), amax)
+
+    handles = [linear.register_forward_pre_hook(note) for linear in set(chosen.values())]
+    try:
+        with torch.no_grad():
+            model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, linear in chosen.items():
+        if id(linear) not in largest:
+            raise ValueError(f"swap: the example inputs never reach layer {name!r}; skip it or give others")
+    return largest
+
+
+def _put(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
+    """Set modules by name; the root itself goes by the empty name."""
+    for name, layer in layers.items():
+        if not name:
+            return layer  # type: ignore[no-any-return]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name or 'the model'}: {reason}" for name, reason in reasons.items())

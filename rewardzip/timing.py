@@ -1,0 +1,68 @@
+"""The one timing routine: rivals in turn, so that a machine that speeds up or slows down does so for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, and the 10th and 90th percentiles."""
+
+    p50: float
+    p10: float
+    p90: float
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: torch.device | str = "cpu", seconds: float = 1.0
+) -> dict[str, Timing]:
+    """Time each call, all of them in turn, for about ``seconds`` in all and at least 7 rounds.
+
+    On a CPU a sample is a run of calls long enough for the clock. On a GPU it is one call between two events, the L2
+    cache overwritten before it.
+    """
+    gpu = torch.device(device).type == "cuda"
+    sample = _gpu_sampler(torch.device(device)) if gpu else _cpu_sample
+    repeats = {}
+    for name, call in calls.items():
+        call()  # compiles, allocates, warms
+        once = max(sample(call, 1), 1e-7)
+        repeats[name] = 1 if gpu else max(1, int(2e-3 / once))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[next(iter(calls))]) < 7:
+        for name, call in calls.items():
+            samples[name].append(sample(call, repeats[name]))
+    return {name: _timing(taken) for name, taken in samples.items()}
+
+
+def _timing(taken: list[float]) -> Timing:
+    p10, p50, p90 = torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    return Timing(p50, p10, p90)
+
+
+def _cpu_sample(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _gpu_sampler(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return sample

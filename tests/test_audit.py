@@ -1,0 +1,54 @@
+"""The codegen audit, with no GPU: no spills, shared memory within the chip, and the tensor-core instruction meant."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+# what a matrix kernel must run on: by target, by the type of the rows
+EXPECTED = {
+    "sm_80": {
+        "int8": "mma.sync m16n8k32.row.col.satfinite.s32.s8",
+        "bfloat16": "mma.sync m16n8k16",
+        "float32": "tf32",
+    },
+    "sm_90": {
+        "int8": "s32.s8.s8",
+        "bfloat16": "wgmma, A in registers",
+        "float32": "wgmma, A in registers",
+    },
+    "sm_100": {"int8": "mma.sync", "bfloat16": "tcgen05", "float32": "tcgen05"},
+    "gfx942": {"int8": "mfma", "bfloat16": "mfma", "float32": "mfma"},
+}
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def rows(request):
+    # a process of its own: here the kernels are defined for the interpreter
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "rewardzip_kernels.audit", "--json", "--target", request.param]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_spill_and_shared_memory_fits(rows):
+    assert len(rows) > 15
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["shared"] <= SHARED[row["target"]], row
+
+
+def test_tensor_cores_are_used(rows):
+    matrix = [row for row in rows if row["kernel"] == "_int8_linear_kernel"]
+    assert len({row["tile"] for row in matrix}) >= 5
+    for row in matrix:
+        kind = "int8" if "dynamic" in row["case"] else row["case"].split()[-1]
+        assert EXPECTED[row["target"]][kind] in row["instructions"], row
