@@ -85,6 +85,16 @@ def _mlp(
     fused_mlp(inputs, weights, params, layers, members, reduce, compute, scales)
 
 
+def _head(m: int, n_out: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+    from .gpu.reward_head import reward_head
+
+    x = torch.empty(m, 4096, dtype=dtype, device="meta")
+    weight = torch.empty(4096, 4096, dtype=stored, device="meta")
+    scale = torch.empty(4096, device="meta")
+    head = torch.empty(n_out, 4096, device="meta")
+    reward_head(x, weight, scale if stored == torch.int8 else None, scale, head, head[:, 0], "silu")
+
+
 # (widths of the inputs, layers, further arguments of ``_mlp``), and why
 MLPS: tuple[tuple[tuple[int, ...], str, dict[str, Any]], ...] = (
     ((32,), "64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
@@ -121,6 +131,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
         )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
+    for m, n_out in ((1, 1), (16, 1), (64, 16), (1024, 1), (4096, 1)):
+        for stored, dtype in ((torch.int8, torch.float32), (torch.int8, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+            name = f"reward_head {m}x{n_out} of {stored} {dtype}".replace("torch.", "")
+            yield name, partial(_head, m, n_out, dtype, stored)
     for pieces, layers, options in MLPS:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
         for m in (16, 8192, 1 << 20):

@@ -37,23 +37,23 @@ def _size(net, flat):
 
 
 @triton.constexpr_function
-def _get(net, l, field):
-    return getattr(net.layers[l], field)
+def _get(net, L, field):
+    return getattr(net.layers[L], field)
 
 
 @triton.constexpr_function
-def _pieces(net, l):
-    return len(net.layers[l].pieces)
+def _pieces(net, L):
+    return len(net.layers[L].pieces)
 
 
 @triton.constexpr_function
-def _piece(net, l, i):
-    return net.layers[l].pieces[i]
+def _piece(net, L, i):
+    return net.layers[L].pieces[i]
 
 
 @triton.constexpr_function
-def _start(net, l, i):
-    return sum(-(-k // 16) * 16 for k in net.layers[l].pieces[:i])
+def _start(net, L, i):
+    return sum(-(-k // 16) * 16 for k in net.layers[L].pieces[:i])
 
 
 @triton.constexpr_function
@@ -73,30 +73,30 @@ def _ragged(width, size):
 
 
 @triton.constexpr_function
-def _input_tiles(net, l, most):
-    return sum(_slices(piece, most) for piece in net.layers[l].pieces)
+def _input_tiles(net, L, most):
+    return sum(_slices(piece, most) for piece in net.layers[L].pieces)
 
 
 @triton.constexpr_function
-def _tile_piece(net, l, s, most):
-    """The piece that input tile s of layer l belongs to."""
-    for i, piece in enumerate(net.layers[l].pieces):
+def _tile_piece(net, L, s, most):
+    """The piece that input tile s of layer L belongs to."""
+    for i, piece in enumerate(net.layers[L].pieces):
         if s < _slices(piece, most):
             return i
         s -= _slices(piece, most)
 
 
 @triton.constexpr_function
-def _tile_start(net, l, s, most):
+def _tile_start(net, L, s, most):
     """Where input tile s starts in its piece."""
-    return most * (s - sum(_slices(k, most) for k in net.layers[l].pieces[: _tile_piece(net, l, s, most)]))
+    return most * (s - sum(_slices(k, most) for k in net.layers[L].pieces[: _tile_piece(net, L, s, most)]))
 
 
 @triton.constexpr_function
-def _resident_index(net, l, s, j, most):
-    """Where ``_load_all`` put the weights from input tile s to slice j of layer l."""
-    before = sum(_input_tiles(net, k, most) * _slices(net.layers[k].width, most) for k in range(l))
-    return before + s * _slices(net.layers[l].width, most) + j
+def _resident_index(net, L, s, j, most):
+    """Where ``_load_all`` put the weights from input tile s to slice j of layer L."""
+    before = sum(_input_tiles(net, k, most) * _slices(net.layers[k].width, most) for k in range(L))
+    return before + s * _slices(net.layers[L].width, most) + j
 
 
 @triton.jit
@@ -105,18 +105,18 @@ def _weight_tile(
     k0,
     j,
     NET: tl.constexpr,
-    l: tl.constexpr,
+    L: tl.constexpr,
     i: tl.constexpr,
     COMPUTE: tl.constexpr,
     SLICE: tl.constexpr,
 ):
     # [inputs k0 ..., slice j of the outputs]; outputs past the last repeat it, inputs past the piece are 0
-    BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
-    BLOCK_K: tl.constexpr = _block(_piece(NET, l, i), SLICE)
-    STORED: tl.constexpr = (_piece(NET, l, i) + 15) // 16 * 16
-    n = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), _get(NET, l, "width") - 1)[None, :]
+    BLOCK_N: tl.constexpr = _block(_get(NET, L, "width"), SLICE)
+    BLOCK_K: tl.constexpr = _block(_piece(NET, L, i), SLICE)
+    STORED: tl.constexpr = (_piece(NET, L, i) + 15) // 16 * 16
+    n = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), _get(NET, L, "width") - 1)[None, :]
     k = k0 + tl.arange(0, BLOCK_K)[:, None]
-    at = weights + (_get(NET, l, "weight") + _start(NET, l, i)) + n * _get(NET, l, "columns") + k
+    at = weights + (_get(NET, L, "weight") + _start(NET, L, i)) + n * _get(NET, L, "columns") + k
     if not _ragged(STORED, BLOCK_K):
         tile = tl.load(at)
     else:
@@ -127,11 +127,11 @@ def _weight_tile(
 @triton.jit
 def _load_all(weights, NET: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
     tiles = ()
-    for l in tl.static_range(_depth(NET) - 1):
-        for s in tl.static_range(_input_tiles(NET, l, SLICE)):
-            for j in tl.static_range(_slices(_get(NET, l, "width"), SLICE)):
-                start = _tile_start(NET, l, s, SLICE)
-                w = _weight_tile(weights, start, j, NET, l, _tile_piece(NET, l, s, SLICE), COMPUTE, SLICE)
+    for L in tl.static_range(_depth(NET) - 1):
+        for s in tl.static_range(_input_tiles(NET, L, SLICE)):
+            for j in tl.static_range(_slices(_get(NET, L, "width"), SLICE)):
+                start = _tile_start(NET, L, s, SLICE)
+                w = _weight_tile(weights, start, j, NET, L, _tile_piece(NET, L, s, SLICE), COMPUTE, SLICE)
                 tiles = tiles + (w,)
     return tiles
 
@@ -169,20 +169,20 @@ def _next_slice(
     params,
     j,
     NET: tl.constexpr,
-    l: tl.constexpr,
+    L: tl.constexpr,
     COMPUTE: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """Slice j of layer l before its LayerNorm and activation."""
-    acc = tl.zeros([h[0].shape[0], _block(_get(NET, l, "width"), SLICE)], tl.float32)
+    """Slice j of layer L before its LayerNorm and activation."""
+    acc = tl.zeros([h[0].shape[0], _block(_get(NET, L, "width"), SLICE)], tl.float32)
     for s in tl.static_range(len(h)):
         if len(resident) > 0:
-            w = resident[_resident_index(NET, l, s, j, SLICE)]
+            w = resident[_resident_index(NET, L, s, j, SLICE)]
         else:
-            start = _tile_start(NET, l, s, SLICE)
-            w = _weight_tile(weights, start, j, NET, l, _tile_piece(NET, l, s, SLICE), COMPUTE, SLICE)
+            start = _tile_start(NET, L, s, SLICE)
+            w = _weight_tile(weights, start, j, NET, L, _tile_piece(NET, L, s, SLICE), COMPUTE, SLICE)
         acc = tl.dot(h[s], w, acc, input_precision="tf32")
-    return _scale_and_bias(acc, params, j, NET, l)
+    return _scale_and_bias(acc, params, j, NET, L)
 
 
 @triton.jit
@@ -221,27 +221,27 @@ def _add_products(sums, x, weights, k0, NET: tl.constexpr, i: tl.constexpr, SLIC
 
 
 @triton.jit
-def _vector(params, START: tl.constexpr, n, NET: tl.constexpr, l: tl.constexpr):
+def _vector(params, START: tl.constexpr, n, NET: tl.constexpr, L: tl.constexpr):
     # zeros are stored up to a multiple of 16, and stand for all that follow
-    return tl.load(params + START + n, mask=n < (_get(NET, l, "width") + 15) // 16 * 16, other=0.0)[None, :]
+    return tl.load(params + START + n, mask=n < (_get(NET, L, "width") + 15) // 16 * 16, other=0.0)[None, :]
 
 
 @triton.jit
-def _scale_and_bias(acc, params, j, NET: tl.constexpr, l: tl.constexpr):
+def _scale_and_bias(acc, params, j, NET: tl.constexpr, L: tl.constexpr):
     n = j * acc.shape[1] + tl.arange(0, acc.shape[1])
-    if _get(NET, l, "scale") is not None:
-        acc *= _vector(params, _get(NET, l, "scale"), n, NET, l)
-    acc += _vector(params, _get(NET, l, "bias"), n, NET, l)
+    if _get(NET, L, "scale") is not None:
+        acc *= _vector(params, _get(NET, L, "scale"), n, NET, L)
+    acc += _vector(params, _get(NET, L, "bias"), n, NET, L)
     return acc
 
 
 @triton.jit
-def _add_moments(mean, squares, z, j, NET: tl.constexpr, l: tl.constexpr):
+def _add_moments(mean, squares, z, j, NET: tl.constexpr, L: tl.constexpr):
     # mean and sum of squared distances of the slices so far, joined with those of slice j
     n = j * z.shape[1] + tl.arange(0, z.shape[1])
-    inside = (n < _get(NET, l, "width"))[None, :]
+    inside = (n < _get(NET, L, "width"))[None, :]
     seen = tl.zeros([1], tl.float32) + j * z.shape[1]
-    count = tl.minimum(_get(NET, l, "width") - seen, seen * 0.0 + z.shape[1])
+    count = tl.minimum(_get(NET, L, "width") - seen, seen * 0.0 + z.shape[1])
     here = tl.sum(tl.where(inside, z, 0.0), axis=1) / count
     distance = tl.where(inside, z - here[:, None], 0.0)
     step = here - mean
@@ -250,15 +250,15 @@ def _add_moments(mean, squares, z, j, NET: tl.constexpr, l: tl.constexpr):
 
 
 @triton.jit
-def _finish(z, mean, inverse, params, j, NET: tl.constexpr, l: tl.constexpr):
+def _finish(z, mean, inverse, params, j, NET: tl.constexpr, L: tl.constexpr):
     n = j * z.shape[1] + tl.arange(0, z.shape[1])
-    if _get(NET, l, "eps") is not None:
-        gamma = _vector(params, _get(NET, l, "gamma"), n, NET, l)
-        z = (z - mean[:, None]) * inverse[:, None] * gamma + _vector(params, _get(NET, l, "beta"), n, NET, l)
-    z = activate(z, _get(NET, l, "activation"), _get(NET, l, "parameter"))
-    if _ragged(_get(NET, l, "width"), z.shape[1]):
+    if _get(NET, L, "eps") is not None:
+        gamma = _vector(params, _get(NET, L, "gamma"), n, NET, L)
+        z = (z - mean[:, None]) * inverse[:, None] * gamma + _vector(params, _get(NET, L, "beta"), n, NET, L)
+    z = activate(z, _get(NET, L, "activation"), _get(NET, L, "parameter"))
+    if _ragged(_get(NET, L, "width"), z.shape[1]):
         # not 0 times something: a row with an inf has NaN here
-        z = tl.where((n < _get(NET, l, "width"))[None, :], z, 0.0)
+        z = tl.where((n < _get(NET, L, "width"))[None, :], z, 0.0)
     return z
 
 
@@ -309,9 +309,9 @@ def _network(
     h = ()
     if END > 0 and _input_tiles(NET, 0, SLICE) * SLICE <= 256:
         h = _x_tiles(xs, strides, scales_ptr, rows, NET, COMPUTE, SLICE)
-    for l in tl.static_range(END):
+    for L in tl.static_range(END):
         ys, h = _layer(
-            ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, l, COMPUTE, SLICE, EXACT
+            ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident, NET, L, COMPUTE, SLICE, EXACT
         )
     done = ()
     for j in tl.static_range(len(ys)):
@@ -323,44 +323,44 @@ def _network(
 @triton.jit
 def _layer(
     ys, h, xs, strides, scales_ptr, rows, o0, weights, params, resident,
-    NET: tl.constexpr, l: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr, EXACT: tl.constexpr,
+    NET: tl.constexpr, L: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    LAST: tl.constexpr = l == _depth(NET) - 2
-    NORM: tl.constexpr = _get(NET, l, "eps") is not None
-    SLICES: tl.constexpr = _slices(_get(NET, l, "width"), SLICE)
-    BLOCK_N: tl.constexpr = _block(_get(NET, l, "width"), SLICE)
+    LAST: tl.constexpr = L == _depth(NET) - 2
+    NORM: tl.constexpr = _get(NET, L, "eps") is not None
+    SLICES: tl.constexpr = _slices(_get(NET, L, "width"), SLICE)
+    BLOCK_N: tl.constexpr = _block(_get(NET, L, "width"), SLICE)
     zs = ()
     if len(h) == 0:
         zs = _wide_first_layer(xs, strides, scales_ptr, rows, weights, params, NET, COMPUTE, SLICE)
     elif len(resident) > 0 or SLICES == 1:
         for j in tl.static_range(SLICES):
-            zs = zs + (_next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE),)
+            zs = zs + (_next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE),)
 
     mean = tl.zeros([rows.shape[0]], tl.float32)
     squares = tl.zeros([rows.shape[0]], tl.float32)
     if NORM:
         if len(zs) > 0:
             for j in tl.static_range(SLICES):
-                mean, squares = _add_moments(mean, squares, zs[j], j, NET, l)
+                mean, squares = _add_moments(mean, squares, zs[j], j, NET, L)
         else:
             for j in tl.range(SLICES):
-                z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
-                mean, squares = _add_moments(mean, squares, z, j, NET, l)
-        squares = 1.0 / tl.sqrt_rn(squares / _get(NET, l, "width") + _get(NET, l, "eps"))
+                z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+                mean, squares = _add_moments(mean, squares, z, j, NET, L)
+        squares = 1.0 / tl.sqrt_rn(squares / _get(NET, L, "width") + _get(NET, L, "eps"))
 
     out = ()
     if LAST and len(zs) == 0:
         for j in tl.range(SLICES):
-            z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
-            z = _finish(z, mean, squares, params, j, NET, l)
+            z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+            z = _finish(z, mean, squares, params, j, NET, L)
             ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
     else:
         for j in tl.static_range(SLICES):
             if len(zs) > 0:
                 z = zs[j]
             else:
-                z = _next_slice(h, weights, resident, params, j, NET, l, COMPUTE, SLICE)
-            z = _finish(z, mean, squares, params, j, NET, l)
+                z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+            z = _finish(z, mean, squares, params, j, NET, L)
             if LAST:
                 ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
             else:
