@@ -19,16 +19,15 @@ from rewardzip_kernels.mlp_layout import Layer, Linear, layout, pack, parse_laye
 LIPSCHITZ = {"sigmoid": 0.25, "silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "mish": 1.09}
 
 
-def random_mlp(
-    pieces: tuple[int, ...], layers: str, stored: torch.dtype, members: int, device: str
-) -> tuple[Tensor, Tensor]:
+def random_mlp(layers: str, stored: torch.dtype, members: int, device: str) -> tuple[Tensor, Tensor]:
     """Networks whose values stay near 1, with scales that differ from channel to channel."""
-    return pack([_member(sum(pieces), layers, stored, device) for _ in range(members)], pieces, layers)
+    return pack([_member(layers, stored, device) for _ in range(members)], layers)
 
 
-def _member(k: int, layers: str, stored: torch.dtype, device: str) -> list[Linear]:
+def _member(layers: str, stored: torch.dtype, device: str) -> list[Linear]:
     member = []
-    entries = parse_layers(layers)
+    pieces, entries = parse_layers(layers)
+    k = sum(pieces)
     for i, (n, eps, _) in enumerate(entries):
         scale, gamma, beta = None, None, None
         bias = torch.randn(n, device=device)
@@ -50,15 +49,14 @@ def exact_mlp(
     inputs: list[Tensor], weights: Tensor, params: Tensor, layers: str, members: int, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(y, its bound) of every member in float64: [E, M, out]."""
-    pieces = tuple(x.shape[-1] for x in inputs)
-    net = layout(pieces, layers, weights.dtype == torch.int8)
+    net = layout(layers, weights.dtype == torch.int8)
     x = torch.cat([x.double() for x in inputs], 1)
     tf32 = x.is_cuda and compute == torch.float32
     # an integer input is scaled in fp32; rounding to a wider type costs nothing
     rounded = all(i.dtype == compute for i in inputs)
     pairs = [
         _propagate(x, net.layers, member, compute, "tf32" if tf32 else compute, rounded)
-        for member in unpack(weights, params, pieces, layers, members)
+        for member in unpack(weights, params, layers, members)
     ]
     return torch.stack([y for y, _ in pairs]), torch.stack([bound for _, bound in pairs])
 
@@ -79,7 +77,11 @@ def _propagate(
         error = error @ w.abs().t() + C * h.shape[1] ** 0.5 * UNIT[torch.float32] * size
         if layer.eps is not None:
             z, error = _layer_norm(z, error, tensors, layer.eps)
-        name = layer.activation if layer.activation not in ("leaky_relu", "elu") else f"{layer.activation}:{layer.parameter}"
+        name = (
+            layer.activation
+            if layer.activation not in ("leaky_relu", "elu")
+            else f"{layer.activation}:{layer.parameter}"
+        )
         lipschitz = LIPSCHITZ.get(layer.activation, max(1.0, layer.parameter))
         error = lipschitz * error + C * activation_error(z, layer.activation)
         h = activations.apply(z, name)

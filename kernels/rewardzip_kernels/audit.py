@@ -65,7 +65,6 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 
 def _mlp(
-    pieces: tuple[int, ...],
     layers: str,
     m: int,
     dtype: torch.dtype = torch.float32,
@@ -77,11 +76,11 @@ def _mlp(
     from .gpu.fused_mlp import fused_mlp
     from .mlp_layout import layout
 
-    net = layout(pieces, layers, stored == torch.int8)
-    inputs = [torch.empty(m, k, dtype=dtype, device="meta") for k in pieces]
+    net = layout(layers, stored == torch.int8)
+    inputs = [torch.empty(m, k, dtype=dtype, device="meta") for k in net.layers[0].pieces]
     weights = torch.empty((members or 1) * net.weights, dtype=stored, device="meta")
     params = torch.empty((members or 1) * net.params, device="meta")
-    scales = None if dtype.is_floating_point else torch.empty(len(pieces), 2, device="meta")
+    scales = None if dtype.is_floating_point else torch.empty(len(inputs), 2, device="meta")
     fused_mlp(inputs, weights, params, layers, members, reduce, compute, scales)
 
 
@@ -95,22 +94,22 @@ def _head(m: int, n_out: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     reward_head(x, weight, scale if stored == torch.int8 else None, scale, head, head[:, 0], "silu")
 
 
-# (widths of the inputs, layers, further arguments of ``_mlp``), and why
-MLPS: tuple[tuple[tuple[int, ...], str, dict[str, Any]], ...] = (
-    ((32,), "64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
-    ((17, 6), "64 relu, 64 relu, 1", {"dtype": torch.bfloat16, "stored": torch.bfloat16}),  # two inputs
-    ((17, 6), "64 relu, 64 relu, 1", {"dtype": torch.uint8}),  # a quantised replay buffer
-    ((23,), "32 relu, 32 relu, 1", {"members": 5}),  # an ensemble, weights on chip
-    ((32,), "128 relu, 128 relu, 1", {}),  # weights on chip, 8 warps
-    ((24,), "256 relu, 256 relu, 1", {}),  # one wide layer kept
-    ((48,), "256 elu, 128 elu, 1", {}),
-    ((23,), "256 relu, 256 relu, 1", {"members": 5, "reduce": "mean_std"}),  # a loop over members
-    ((393,), "256 relu, 256 relu, 1", {}),  # a loop over inputs
-    ((24,), "256 relu, 256 relu, 256 relu, 1", {}),  # two wide layers kept
-    ((24,), "256 relu, 256 relu, 256 relu, 256 relu, 256 relu, 1", {}),  # 16 rows from here on
-    ((256,), "256 layer_norm mish, 256 layer_norm mish, 101", {}),
-    ((256,), "256 layer_norm mish, 256 layer_norm mish, 256", {"compute": torch.float32}),
-    ((1024,), "1", {}),  # no hidden layer
+# (layers, further arguments of ``_mlp``), and why
+MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("32: 64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
+    ("17+6: 64 relu, 64 relu, 1", {"dtype": torch.bfloat16, "stored": torch.bfloat16}),  # two inputs
+    ("17+6: 64 relu, 64 relu, 1", {"dtype": torch.uint8}),  # a quantised replay buffer
+    ("23: 32 relu, 32 relu, 1", {"members": 5}),  # an ensemble, weights on chip
+    ("32: 128 relu, 128 relu, 1", {}),  # weights on chip, 8 warps
+    ("24: 256 relu, 256 relu, 1", {}),  # one wide layer kept
+    ("48: 256 elu, 128 elu, 1", {}),
+    ("23: 256 relu, 256 relu, 1", {"members": 5, "reduce": "mean_std"}),  # a loop over members
+    ("393: 256 relu, 256 relu, 1", {}),  # a loop over inputs
+    ("24: 256 relu, 256 relu, 256 relu, 1", {}),  # two wide layers kept
+    ("24: 256 relu, 256 relu, 256 relu, 256 relu, 256 relu, 1", {}),  # 16 rows from here on
+    ("256: 256 layer_norm mish, 256 layer_norm mish, 101", {}),
+    ("256: 256 layer_norm mish, 256 layer_norm mish, 256", {"compute": torch.float32}),
+    ("1024: 1", {}),  # no hidden layer
 )
 
 
@@ -132,13 +131,17 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
     for m, n_out in ((1, 1), (16, 1), (64, 16), (1024, 1), (4096, 1)):
-        for stored, dtype in ((torch.int8, torch.float32), (torch.int8, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        for stored, dtype in (
+            (torch.int8, torch.float32),
+            (torch.int8, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16),
+        ):
             name = f"reward_head {m}x{n_out} of {stored} {dtype}".replace("torch.", "")
             yield name, partial(_head, m, n_out, dtype, stored)
-    for pieces, layers, options in MLPS:
+    for layers, options in MLPS:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
         for m in (16, 8192, 1 << 20):
-            yield f"fused_mlp {m} x {pieces} {layers}{details}", partial(_mlp, pieces, layers, m, **options)
+            yield f"fused_mlp {m} x {layers}{details}", partial(_mlp, layers, m, **options)
 
 
 def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -249,7 +252,7 @@ def audit(targets: tuple[str, ...] = TARGETS, workers: int = 1) -> list[Row]:
         found = [row for rows in pool.map(rows_of, *zip(*jobs, strict=True)) for row in rows]
     seen: dict[tuple[Any, ...], Row] = {}
     for row in found:
-        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers, row.shared), row)
+        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers, row.stack, row.shared), row)
     return list(seen.values())
 
 

@@ -1,10 +1,10 @@
 """fused_mlp: a whole MLP, or an ensemble of them over the same inputs, as one op and one kernel launch.
 
-    h = concat(inputs)      h = act(norm(scale * (h @ weight^T) + bias)) per hidden layer      y = act(h @ weight^T + bias)
+    h = concat(inputs)     per hidden layer: h = act(norm(scale * (h @ weight^T) + bias))     y = act(h @ weight^T + bias)
 
     inputs         1 or more [..., K_i]: fp32, fp16, bf16; or int8, uint8 with their row of ``input_scales``
     weights        all hidden weights, flat, int8 or 16-bit         params   all else, flat, fp32: see ``mlp_layout``
-    layers         "256 layer_norm:1e-05 mish, 256 relu, 1"         members  E networks, or None for one
+    layers         "17+6: 256 layer_norm:1e-05 mish, 256 relu, 1"   members  E networks, or None for one
     y              [..., out]; [E, ..., out]; with reduce "mean_std" [2, ..., out], the mean and torch's std (E - 1;
                    NaN for E = 1). Its dtype: what the float inputs promote to, fp32 if there is none
     input_scales   [inputs, 2] fp32: an integer input is (q - zero point) * scale, its row is (scale, zero point)
@@ -28,7 +28,6 @@ from .mlp_layout import Layer, Linear, check_sizes, layout, parse_layers, unpack
 from .registration import register
 
 INTEGERS = (torch.int8, torch.uint8)
-MAX_INPUTS = 8
 
 
 def compute_type(inputs: list[Tensor], weights: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
@@ -48,7 +47,7 @@ def new_output(inputs: list[Tensor], layers: str, members: int | None, reduce: s
         if x.dtype not in INTEGERS:
             dtype = x.dtype if dtype is None else torch.promote_types(dtype, x.dtype)
     leading = () if members is None else (members if reduce == "none" else 2,)
-    shape = (*leading, *inputs[0].shape[:-1], parse_layers(layers)[-1][0])
+    shape = (*leading, *inputs[0].shape[:-1], parse_layers(layers)[1][-1][0])
     return inputs[0].new_empty(shape, dtype=dtype or torch.float32)
 
 
@@ -103,12 +102,11 @@ def fused_mlp_reference(
     compute_dtype: torch.dtype | None = None,
     input_scales: Tensor | None = None,
 ) -> Tensor:
-    pieces = tuple(x.shape[-1] for x in inputs)
-    net = layout(pieces, layers, weights.dtype == torch.int8)
+    net = layout(layers, weights.dtype == torch.int8)
     compute = compute_type(inputs, weights, compute_dtype)
     y = new_output(inputs, layers, members, reduce)
     x = joined(inputs, input_scales)
-    networks = unpack(weights, params, pieces, layers, members or 1)
+    networks = unpack(weights, params, layers, members or 1)
     ys = torch.stack([_forward(x, net.layers, member, compute)[0] for member in networks])
     if reduce == "mean_std":
         ys = torch.stack(_statistics(ys))
@@ -125,13 +123,17 @@ def _check(
     compute_dtype: torch.dtype | None = None,
     input_scales: Tensor | None = None,
 ) -> None:
-    if not 1 <= len(inputs) <= MAX_INPUTS:
-        raise ValueError(f"fused_mlp: {len(inputs)} inputs; it takes 1 to {MAX_INPUTS}")
+    net = layout(layers, weights.dtype == torch.int8)
+    pieces = net.layers[0].pieces
+    if len(inputs) != len(pieces):
+        raise ValueError(f"fused_mlp: {len(inputs)} inputs, but layers {layers!r} take {len(pieces)}")
     first = inputs[0]
     for i, x in enumerate(inputs):
         if x.dtype not in FLOATS and x.dtype not in INTEGERS:
             raise TypeError(f"fused_mlp: input {i} is {x.dtype}; it must be float32, float16, bfloat16, int8 or uint8")
-        if x.dim() == 0 or x.shape[-1] == 0 or x.shape[:-1] != first.shape[:-1]:
+        if x.dim() == 0 or x.shape[-1] != pieces[i]:
+            raise ValueError(f"fused_mlp: input {i} has shape {tuple(x.shape)}, but layers {layers!r} take {pieces[i]}")
+        if x.shape[:-1] != first.shape[:-1]:
             raise ValueError(f"fused_mlp: input {i} has shape {tuple(x.shape)}, but input 0 {tuple(first.shape)}")
         if x.dtype in INTEGERS and input_scales is None:
             raise ValueError(f"fused_mlp: input {i} is {x.dtype}, but input_scales is None")
@@ -151,7 +153,6 @@ def _check(
         raise ValueError("fused_mlp: reduce is 'mean_std', but members is None")
     if compute_dtype is not None and compute_dtype not in FLOATS:
         raise TypeError(f"fused_mlp: compute_dtype is {compute_dtype}; it must be float32, float16 or bfloat16")
-    net = layout(tuple(x.shape[-1] for x in inputs), layers, weights.dtype == torch.int8)
     check_sizes("fused_mlp", weights, params, net, members or 1)
 
 
@@ -195,9 +196,8 @@ def _input_gradient(
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weights, params, input_scales, *inputs = ctx.saved_tensors
-    pieces = tuple(x.shape[-1] for x in inputs)
-    net = layout(pieces, ctx.layers, weights.dtype == torch.int8)
-    networks = unpack(weights, params, pieces, ctx.layers, ctx.members or 1)
+    net = layout(ctx.layers, weights.dtype == torch.int8)
+    networks = unpack(weights, params, ctx.layers, ctx.members or 1)
     x, compute = joined(inputs, input_scales), compute_type(inputs, weights, ctx.compute_dtype)
     runs = [_forward(x, net.layers, member, compute) for member in networks]
     grads = grad.float().reshape(-1, x.shape[0], net.layers[-1].width)
@@ -210,12 +210,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     total = torch.zeros_like(x)
     for g, member, (_, kept) in zip(grads, networks, runs, strict=True):
         total = total + _input_gradient(g, net.layers, member, kept)
-    parts = total.split(pieces, 1)
+    parts = total.split(net.layers[0].pieces, 1)
     found = [
         None if i.dtype in INTEGERS else part.reshape(i.shape).to(i.dtype)
         for i, part in zip(inputs, parts, strict=True)
     ]
-    return found, None, None, None, None, None, None, None
+    # one for each argument that arrived: the dispatcher drops what equals its default
+    return found, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 _op = register(

@@ -1,7 +1,7 @@
 """The flat form of an MLP: two tensors for a whole ensemble, so that a launch and a state dict hold two.
 
-    layers   "256 layer_norm:1e-05 mish, 128 relu, 1": per Linear layer its width, its LayerNorm, its activation
-    pieces   the widths of the inputs, (17, 6): the first layer reads them side by side
+    layers   "17+6: 256 layer_norm:1e-05 mish, 128 relu, 1": the inputs' widths, read side by side by the first layer;
+             then per Linear layer its width, its LayerNorm if it has one, its activation if it has one
 
 P(w) is w rounded up to a multiple of 16, and everything between w and P(w) is zero. Members follow one another.
 
@@ -13,8 +13,8 @@ P(w) is w rounded up to a multiple of 16, and everything between w and P(w) is z
                                               [gamma P(width)] [beta P(width)] only with LayerNorm
         the last layer                        ``width`` rows as above, then [bias P(width)]
 
-    "20 relu, 1" of (17, 6), int8    weights  | 17 15z 6 10z |   20 times                           z: zeros
-                                     params   | scale 20 12z | bias 20 12z | row 20 12z | bias 1 15z |
+    "17+6: 20 relu, 1", int8    weights   17 values 15 zeros 6 values 10 zeros   20 times
+                                params    scale: 20 12 zeros   bias: 20 12 zeros   row: 20 12 zeros   bias: 1 15 zeros
 
 With a single layer ``weights`` is empty and the rows in ``params`` are as wide as the first layer's.
 """
@@ -32,6 +32,7 @@ from . import activations
 
 ALIGN = 16
 MAX_LAYERS = 6
+MAX_INPUTS = 8
 MAX_WIDTH = 256
 STORED = (torch.int8, torch.float16, torch.bfloat16)
 
@@ -77,40 +78,48 @@ class Linear(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parse_layers(layers: str) -> tuple[tuple[int, float | None, str], ...]:
-    """``layers`` as (width, eps of the LayerNorm or None, activation) per layer."""
-    found = []
-    for entry in layers.split(","):
-        width, *words = entry.split() or [""]
-        if not width.isdecimal() or not 1 <= int(width) <= MAX_WIDTH:
-            raise ValueError(f"layers: {entry.strip()!r} must start with a width of 1 to {MAX_WIDTH}")
-        eps = None
-        if words and words[0].partition(":")[0] == "layer_norm":
-            number = words.pop(0).partition(":")[2] or "1e-05"
-            try:
-                eps = float(number)
-            except ValueError:
-                eps = math.nan
-            if not 0 < eps < math.inf:
-                raise ValueError(f"layers: the eps {number!r} in {entry.strip()!r} is not a positive number")
-        if len(words) > 1:
-            raise ValueError(f"layers: {entry.strip()!r} is not 'width [layer_norm[:eps]] [activation]'")
-        activation = words[0] if words else "none"
-        activations.parse(activation)
-        found.append((int(width), eps, activation))
-    if len(found) > MAX_LAYERS:
-        raise ValueError(f"layers: {layers!r} has {len(found)} layers; at most {MAX_LAYERS} fit in one launch")
-    if found[-1][1] is not None:
+def parse_layers(layers: str) -> tuple[tuple[int, ...], tuple[tuple[int, float | None, str], ...]]:
+    """``layers`` as the inputs' widths, and (width, eps of the LayerNorm or None, activation) per layer."""
+    inputs, colon, rest = layers.partition(":")
+    widths = [width.strip() for width in inputs.split("+")]
+    if not colon or not all(width.isdecimal() and int(width) > 0 for width in widths):
+        raise ValueError(f"layers: {layers!r} must start with the widths of the inputs, as in '17+6: 64 relu, 1'")
+    if len(widths) > MAX_INPUTS:
+        raise ValueError(f"layers: {layers!r} has {len(widths)} inputs; at most {MAX_INPUTS} fit in one launch")
+    entries = tuple(_parse_layer(entry.strip()) for entry in rest.split(","))
+    if len(entries) > MAX_LAYERS:
+        raise ValueError(f"layers: {layers!r} has {len(entries)} layers; at most {MAX_LAYERS} fit in one launch")
+    if entries[-1][1] is not None:
         raise ValueError(f"layers: {layers!r} has a LayerNorm after the last layer")
-    return tuple(found)
+    return tuple(map(int, widths)), entries
+
+
+def _parse_layer(entry: str) -> tuple[int, float | None, str]:
+    width, *words = entry.split() or [""]
+    if not width.isdecimal() or not 1 <= int(width) <= MAX_WIDTH:
+        raise ValueError(f"layers: {entry!r} must start with a width of 1 to {MAX_WIDTH}")
+    eps = None
+    if words and words[0].partition(":")[0] == "layer_norm":
+        number = words.pop(0).partition(":")[2] or "1e-05"
+        try:
+            eps = float(number)
+        except ValueError:
+            eps = math.nan
+        if not 0 < eps < math.inf:
+            raise ValueError(f"layers: the eps {number!r} in {entry!r} is not a positive number")
+    if len(words) > 1:
+        raise ValueError(f"layers: {entry!r} is not 'width [layer_norm[:eps]] [activation]'")
+    activation = words[0] if words else "none"
+    activations.parse(activation)
+    return int(width), eps, activation
 
 
 @lru_cache(maxsize=256)
-def layout(pieces: tuple[int, ...], layers: str, quantised: bool) -> Layout:
+def layout(layers: str, quantised: bool) -> Layout:
     """Where everything is; ``quantised``: the weights are int8."""
     found: list[Layer] = []
     weights = params = 0
-    entries = parse_layers(layers)
+    pieces, entries = parse_layers(layers)
     for width, eps, activation in entries:
         columns, vector = sum(map(padded, pieces)), padded(width)
         scale = gamma = beta = None
@@ -130,14 +139,14 @@ def layout(pieces: tuple[int, ...], layers: str, quantised: bool) -> Layout:
     return Layout(tuple(found), weights, params)
 
 
-def pack(members: Sequence[Sequence[Linear]], pieces: Sequence[int], layers: str) -> tuple[Tensor, Tensor]:
+def pack(members: Sequence[Sequence[Linear]], layers: str) -> tuple[Tensor, Tensor]:
     """(weights, params) of one or more networks of the same shape, each a list of its layers."""
     if not members:
         raise ValueError("pack: there is no member")
     stored = members[0][0].weight.dtype if len(members[0]) > 1 else torch.int8
     if stored not in STORED:
         raise TypeError(f"pack: hidden weights are {stored}; they must be int8, float16 or bfloat16")
-    net = layout(tuple(pieces), layers, stored == torch.int8)
+    net = layout(layers, stored == torch.int8)
     device = members[0][0].weight.device
     weights = torch.zeros(len(members), net.weights, dtype=stored, device=device)
     params = torch.zeros(len(members), net.params, device=device)
@@ -189,9 +198,9 @@ def _check_linear(name: str, tensors: Linear, layer: Layer, dtype: torch.dtype) 
             raise ValueError(f"{name}: {part} has shape {tuple(vector.shape)}; it must be ({layer.width},)")
 
 
-def unpack(weights: Tensor, params: Tensor, pieces: Sequence[int], layers: str, members: int = 1) -> list[list[Linear]]:
-    """The inverse of ``pack``; all but the first layer's weight of several pieces are views."""
-    net = layout(tuple(pieces), layers, weights.dtype == torch.int8)
+def unpack(weights: Tensor, params: Tensor, layers: str, members: int = 1) -> list[list[Linear]]:
+    """The inverse of ``pack``; all are views but a first weight of several inputs."""
+    net = layout(layers, weights.dtype == torch.int8)
     check_sizes("unpack", weights, params, net, members)
     found = []
     for w, p in zip(weights.view(members, net.weights), params.view(members, net.params), strict=True):

@@ -74,7 +74,9 @@ def _check(
         raise ValueError(f"reward_head: weight has shape {tuple(weight.shape)}; it must be [out, in], each 1 or more")
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"reward_head: x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} takes {k} inputs")
+        raise ValueError(
+            f"reward_head: x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} takes {k} inputs"
+        )
     if weight.device != x.device:
         raise ValueError(f"reward_head: weight is on {weight.device}, x on {x.device}")
     if (scale is None) == (weight.dtype == torch.int8):
@@ -97,9 +99,7 @@ def _check(
     activations.parse(activation)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, head_weight: Tensor, *_: Any
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, head_weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], head_weight.shape[0])
 
 

@@ -480,7 +480,7 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
     widest = max((layer.width for layer in hidden), default=0)
     width = net.layers[-1].width
     # as many outputs as one program sums beside the rest
-    out = triton.next_power_of_2(width) if width <= 4 else _block(width, 64 if compute == torch.float32 else 128)
+    out = triton.next_power_of_2(width) if width <= 4 else _block(width, 64)
     few = Tile(16, 64, out, 4, False)
     if m <= FEW or compute == torch.float32 or width > 16:
         return few
@@ -496,10 +496,8 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
 
 
 @lru_cache(maxsize=256)
-def _plan(
-    pieces: tuple[int, ...], layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype
-) -> tuple[Layout, Tile]:
-    net = layout(pieces, layers, quantised)
+def _plan(layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype) -> tuple[Layout, Tile]:
+    net = layout(layers, quantised)
     return net, tile(net, rows, member_loop, compute)
 
 
@@ -523,12 +521,11 @@ def fused_mlp(
     m = xs[0].shape[0]
     if m == 0:
         return y
-    pieces = tuple(x.shape[1] for x in xs)
     strides = tuple(x.stride(0) for x in xs)
     compute = compute_type(inputs, weights, compute_dtype)
     loop = (members or 0) if reduce == "mean_std" else 0
     rows = FEW if m <= FEW else SOME if m <= SOME else SOME + 1
-    net, t = _plan(pieces, layers, weights.dtype == torch.int8, rows, loop > 0, compute)
+    net, t = _plan(layers, weights.dtype == torch.int8, rows, loop > 0, compute)
     programs = triton.cdiv(m, t.block_m)
     if t.resident:
         programs = min(programs, 2 * _multiprocessors(y.device))
@@ -537,7 +534,7 @@ def fused_mlp(
     exact = "ieee" if y.device.type == "cpu" else "bf16x6"
     key = (
         tuple(x.dtype for x in xs), y.dtype, weights.dtype, compute, input_scales is None,
-        aligned(y, *xs, weights, params, input_scales), pieces, strides, layers, loop, t,
+        aligned(y, *xs, weights, params, input_scales), strides, layers, loop, t,
     )  # fmt: skip
     constants = (net, loop, TL_DTYPE[compute], t.resident, t.block_m, t.slice, t.out, exact)
     launch(
