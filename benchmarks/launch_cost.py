@@ -58,7 +58,8 @@ def main() -> None:
     rows = {
         "nn.Linear, for scale": lambda: dense(x),
         "Int8Linear module": lambda: layer(x, "relu"),
-        "int8_linear through the dispatcher": lambda: int8_linear(*arguments),
+        "int8_linear, past the dispatcher": lambda: int8_linear(*arguments),
+        "int8_linear, through it": lambda: torch.ops.rewardzip.int8_linear.default(*arguments),
         "its GPU function alone": lambda: gpu.int8_linear(*arguments),
     }
     where = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, no GPU: the driver's launch left out"

@@ -61,7 +61,7 @@ def main(steps: int = 20_000, training_steps: int = 2_000) -> None:
         "int8, rows too": swap(model, Int8(activations="dynamic")),
     }
     console.print("\n[bold]What became of each layer[/] (rz.explain)")
-    console.print(str(explain(models["int8"])), markup=False, highlight=False)
+    console.print(str(explain(models["int8"])), markup=False, highlight=False, soft_wrap=True)
 
     amp_type = torch.float16 if device == "cuda" else torch.bfloat16
     runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(models)
@@ -69,7 +69,9 @@ def main(steps: int = 20_000, training_steps: int = 2_000) -> None:
     with torch.no_grad():
         _fidelity(console, runs, test, reward[:held_out])
         _speed(console, runs, device)
-    console.print("\nNext: your own model. [bold]fast = rz.swap(model, rz.Int8())[/], then rz.save(fast, 'reward/').")
+    console.print(
+        "\nNext, your own model: fast = rz.swap(model, rz.Int8()), then rz.save(fast, 'reward/')", soft_wrap=True
+    )
 
 
 def _amp(model: nn.Module, device: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
@@ -104,9 +106,13 @@ def _speed(console: Console, runs: dict[str, Any], device: str) -> None:
         state, action = torch.randn(batch, 3, device=device), torch.randn(batch, 1, device=device)
         taken = interleaved({name: _bound(run, state, action) for name, run in runs.items()}, device)
         base = taken["fp32"].p50
-        table.add_row(str(batch), *(f"{t.p50 * 1e6:,.1f}  ({base / t.p50:.2f}x)" for t in taken.values()))
+        table.add_row(str(batch), *(f"{_short(t.p50 * 1e6)} ({base / t.p50:.2f}x)" for t in taken.values()))
     console.print(table)
     console.print("(..x): times faster than fp32; below 1 it is slower, and the dense model is the better choice.")
+
+
+def _short(microseconds: float) -> str:
+    return f"{microseconds:,.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
 def _bound(run: Callable[[Tensor, Tensor], Tensor], state: Tensor, action: Tensor) -> Callable[[], Tensor]:

@@ -255,6 +255,7 @@ def test_rows_stand_alone(function, m, n, k, monkeypatch):
         (0, (4, 8, 2)),  # no rows
     ],
 )
+@pytest.mark.parametrize("isa", sorted({available()[0], "portable"}))
 def test_mlp_is_its_layers(kind, m, sizes, isa):
     """Rows that pass through all layers in one call: bit for bit what the layers give one by one, then an fp32 dot."""
     pairs = list(itertools.pairwise(sizes))

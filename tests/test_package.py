@@ -111,8 +111,9 @@ def test_wheel_runs_in_an_environment_of_its_own(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(site)
+    into = ["--python", str(tmp_path / "env" / "bin" / "python")]
+    install = [sys.executable, "-m", "pip", *into, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True)
     # the dependencies come from here, behind the new environment's own packages; this project's path hooks do not
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     code = (

@@ -26,7 +26,7 @@ I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """``rows`` by ``vectors`` is the register tile: the accumulators and operands fill the registers, none spill."""
+    """``rows`` by ``vectors`` is the register tile of int8: its sums and operands fill the registers, none spill."""
 
     name: str
     features: tuple[str, ...]
@@ -89,10 +89,13 @@ def _portable_split_x(builder, x):
     return [builder.and_(builder.lshr(x, constant(x.type, 8 * i)), mask) for i in range(4)]
 
 
-def split_bytes(builder, w):
-    """The four signed bytes of each lane, each as int32."""
-    top = constant(w.type, 24)
-    return [builder.ashr(builder.shl(w, constant(w.type, 24 - 8 * i)), top) for i in range(4)]
+def signed_byte(builder, w, i):
+    """Byte i of each lane as int32."""
+    return builder.ashr(builder.shl(w, constant(w.type, 24 - 8 * i)), constant(w.type, 24))
+
+
+def _portable_split_w(builder, w):
+    return [signed_byte(builder, w, i) for i in range(4)]
 
 
 def _portable_dot(builder, acc, x, w):
@@ -109,7 +112,7 @@ INSTRUCTION_SETS = {
         InstructionSet("avx_vnni", ("avxvnni",), 8, 6, 2, 128, _vnni(256)),
         InstructionSet("avx2", ("avx2",), 8, 4, 2, 128, _avx2_dot, _avx2_split_x, _avx2_split_w),
         InstructionSet("neon_dot", ("dotprod",), 4, 6, 4, 0, _neon_dot),
-        InstructionSet("portable", (), 4, 2, 2, 128, _portable_dot, _portable_split_x, split_bytes),
+        InstructionSet("portable", (), 4, 2, 2, 128, _portable_dot, _portable_split_x, _portable_split_w),
     )
 }
 

@@ -29,7 +29,7 @@ BLOCK = 48
 def build(kind: Int8 | Float, activation: str):
     """The kernel's Python and its argument letters."""
     take, compute, item = take_rows(kind), sweep(kind, activation), kind.item
-    sums_memory = stack(types.int32, kind.isa.rows * PANEL)
+    sums_memory = stack(types.int32, kind.rows * PANEL)
 
     def linear(
         layer, scale, bias, static, parameter, stride, block, scratch, x, m, y, first_panel, last_panel

@@ -51,7 +51,7 @@ def dot(typing_context, a, b, vectors):
 def build(kind: Int8 | Float, hidden: str, last: str):
     """The kernel's Python and its argument letters: one activation for the hidden layers, one for the last."""
     take, compute, item, activate = take_rows(kind), sweep(kind, hidden), kind.item, ACTIVATIONS[last]
-    sums_memory = stack(types.int32, kind.isa.rows * PANEL)
+    sums_memory = stack(types.int32, kind.rows * PANEL)
 
     def mlp(net, widest, hidden_parameter, last_parameter, scratch, x, stride, m, y):
         layers, outputs, last_weight, last_bias = (

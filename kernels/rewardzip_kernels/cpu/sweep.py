@@ -16,7 +16,7 @@ def sweep(kind: Int8 | Float, activation: str):
     """The sweep as a function for kernels."""
     activate, pointer = ACTIVATIONS[activation], f32 if isinstance(kind, Float) else i32
     start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
-    lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.isa.rows, kind.isa.rows // 2
+    lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.rows, kind.rows // 2
     tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
     thin = tile(kind, tall_rows, 1)
 
