@@ -5,8 +5,7 @@ import torch
 from conftest import GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlp_numerics import LIPSCHITZ
-from numerics import SMALLEST, UNIT, C, activation_error, assert_within
+from mlp_numerics import assert_head, exact_head, random_head
 
 from rewardzip_kernels import activations, reward_head
 from rewardzip_kernels.reward_head import reward_head_reference
@@ -28,42 +27,6 @@ def run(request):
     return IMPLEMENTATIONS[request.param]
 
 
-def head(n, k, n_out, stored=torch.int8):
-    """(weight, scale, bias, head_weight, head_bias), with scales that differ from channel to channel."""
-    if stored == torch.int8:
-        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=DEVICE)
-        scale = 10.0 ** (torch.rand(n, device=DEVICE) - 0.5) / (73 * k**0.5)
-    else:
-        weight, scale = (torch.randn(n, k, device=DEVICE) / k**0.5).to(stored), None
-    v = torch.randn(n_out, n, device=DEVICE) / n**0.5
-    return weight, scale, torch.randn(n, device=DEVICE), v, torch.randn(n_out, device=DEVICE)
-
-
-def exact(x, weight, scale, bias, v, c, activation, compute):
-    """(y, its bound before rounding) in float64: numerics.py for each layer, the first carried through the second."""
-    w = weight.to(compute).double() * (1.0 if scale is None else scale.double()[:, None])
-    bias, c = (w.new_zeros(1) if t is None else t.double() for t in (bias, c))
-    h, v = x.double(), v.double()
-    z, size = h @ w.t() + bias, h.abs() @ w.abs().t() + bias.abs()
-    error = C * h.shape[1] ** 0.5 * UNIT[torch.float32] * size
-    unit = "tf32" if x.is_cuda and compute == torch.float32 and x.dtype == torch.float32 else compute
-    if x.dtype != compute or unit == "tf32":
-        error = error + (UNIT[unit] * h.abs() + SMALLEST[compute]) @ w.abs().t()
-    name, parameter = activations.parse(activation)
-    error = LIPSCHITZ.get(name.name, max(1.0, parameter)) * error + C * activation_error(z, activation)
-    h = activations.apply(z, activation)
-    size = h.abs() @ v.abs().t() + c.abs()
-    return h @ v.t() + c, error @ v.abs().t() + C * h.shape[1] ** 0.5 * UNIT[torch.float32] * size
-
-
-def check(run, x, args, activation="relu", compute=None):
-    y = run(x, *args, activation, compute)
-    ref, bound = exact(x.reshape(-1, x.shape[-1]), *args, activation, compute or x.dtype)
-    assert y.dtype == x.dtype
-    assert y.shape == (*x.shape[:-1], args[3].shape[0])
-    assert_within(y.reshape(ref.shape), ref, bound + C * UNIT[x.dtype] * ref.abs() + SMALLEST[x.dtype])
-
-
 CASES = [
     (1, 1, 1, 1, "the smallest"),
     (4, 65, 600, 3, "the last size of the one-row kernel, tails in N and K"),
@@ -79,19 +42,19 @@ CASES = [
 @pytest.mark.parametrize("stored", [torch.int8, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_tail(run, m, n, k, n_out, why, stored, dtype, poisoned):
-    check(run, torch.randn(m, k, device=DEVICE).to(dtype), head(n, k, n_out, stored))
+    assert_head(run, torch.randn(m, k, device=DEVICE).to(dtype), random_head(n, k, n_out, stored))
 
 
 @pytest.mark.parametrize("activation", [*activations.ACTIVATIONS, "leaky_relu:0.3"])
 @pytest.mark.parametrize("m", [2, 20])
 def test_activations(run, activation, m, poisoned):
-    check(run, torch.randn(m, 48, device=DEVICE), head(70, 48, 2), activation)
+    assert_head(run, torch.randn(m, 48, device=DEVICE), random_head(70, 48, 2), activation)
 
 
 @pytest.mark.parametrize("m", [2, 20])
 def test_without_biases_and_with_another_compute_dtype(run, m, poisoned):
-    weight, scale, _, v, _ = head(70, 48, 2)
-    check(run, torch.randn(m, 48, device=DEVICE), (weight, scale, None, v, None), "none", torch.float16)
+    weight, scale, _, v, _ = random_head(70, 48, 2)
+    assert_head(run, torch.randn(m, 48, device=DEVICE), (weight, scale, None, v, None), "none", torch.float16)
 
 
 @settings(max_examples=30, deadline=None)
@@ -104,36 +67,36 @@ def test_without_biases_and_with_another_compute_dtype(run, m, poisoned):
 )
 def test_any_shape(m, n, k, n_out, seed):
     torch.manual_seed(seed)
-    check(triton_reward_head, torch.randn(m, k, device=DEVICE), head(n, k, n_out), "gelu")
+    assert_head(triton_reward_head, torch.randn(m, k, device=DEVICE), random_head(n, k, n_out), "gelu")
 
 
 def test_views_and_leading_shapes(run, poisoned):
-    args = head(9, 20, 2)
+    args = random_head(9, 20, 2)
     whole = torch.randn(12, 50, device=DEVICE)
     for x in (whole[::2, 3:23], whole[:, :40:2], whole[:3, :20].expand(2, 3, 20), whole[0, :20]):
-        check(run, x, args)
+        assert_head(run, x, args)
     assert run(whole[:0, :20], *args).shape == (0, 2)
     transposed = torch.randn(20, 9, device=DEVICE).half().t()
-    check(run, whole[:, :20], (transposed, None, *args[2:]))
+    assert_head(run, whole[:, :20], (transposed, None, *args[2:]))
 
 
 @pytest.mark.parametrize("m", [1, 8, 70])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_inf_and_nan_come_through(run, m, value):
-    args = head(9, 20, 2)
+    args = random_head(9, 20, 2)
     args[0][:, 3] = 5
     x = torch.randn(m, 20, device=DEVICE)
     x[0, 3] = value
     for activation in ("relu", "none"):
         y = run(x, *args, activation)
-        expected, _ = exact(x, *args, activation, torch.float32)
+        expected, _ = exact_head(x, *args, activation, torch.float32)
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.isinf(), expected.isinf())
 
 
 @pytest.mark.parametrize("m", [1, 4, 40, 1100])
 def test_the_same_row_gives_the_same_reward(run, m):
-    args = head(70, 40, 1)
+    args = random_head(70, 40, 1)
     x = torch.randn(m, 40, device=DEVICE)
     y = run(x, *args, "relu")
     assert torch.equal(y, run(x, *args, "relu"))
@@ -143,7 +106,7 @@ def test_the_same_row_gives_the_same_reward(run, m):
 
 
 def test_bad_arguments():
-    weight, scale, bias, v, c = (t.cpu() for t in head(9, 20, 2))
+    weight, scale, bias, v, c = (t.cpu() for t in random_head(9, 20, 2))
     x = torch.randn(4, 20)
     for args, error, match in (
         ((x.double(), weight, scale, bias, v, c), TypeError, "x is torch.float64"),
@@ -164,7 +127,7 @@ def test_bad_arguments():
 
 
 def test_opcheck():
-    args = [t.cpu() for t in head(9, 20, 2)]
+    args = [t.cpu() for t in random_head(9, 20, 2)]
     for x in (torch.randn(4, 20), torch.randn(2, 3, 20, requires_grad=True)):
         torch.library.opcheck(torch.ops.rewardzip.reward_head.default, (x, *args, "gelu"))
 
@@ -172,18 +135,18 @@ def test_opcheck():
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 @pytest.mark.parametrize("stored", [torch.int8, torch.float16], ids=str)
 def test_input_gradient(activation, stored):
-    args = [None if t is None else t.cpu() for t in head(20, 12, 3, stored)]
+    args = [None if t is None else t.cpu() for t in random_head(20, 12, 3, stored)]
     x = torch.randn(5, 12, requires_grad=True)
     factor = torch.randn(5, 3)
     (reward_head(x, *args, activation) * factor).sum().backward()
     reference = x.detach().double().requires_grad_()
-    y, _ = exact(reference, *args, activation, torch.float32)
+    y, _ = exact_head(reference, *args, activation, torch.float32)
     (y * factor.double()).sum().backward()
     torch.testing.assert_close(x.grad.double(), reference.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_compile():
-    args = [t.cpu() for t in head(9, 20, 2)]
+    args = [t.cpu() for t in random_head(9, 20, 2)]
     x = torch.randn(5, 20, requires_grad=True)
     compiled = torch.compile(lambda x: reward_head(x, *args, "relu") + 1, fullgraph=True, backend="aot_eager")(x)
     eager = reward_head(x, *args, "relu") + 1
