@@ -10,7 +10,8 @@ The last layer has u_in = 0 and its result is rounded to the output's type.
 """
 
 import torch
-from numerics import C, SMALLEST, UNIT, activation_error, assert_within
+from conftest import GPU
+from numerics import SMALLEST, UNIT, C, activation_error, assert_within
 from torch import Tensor
 
 from rewardzip_kernels import activations
@@ -122,3 +123,49 @@ def assert_mlp(
         ys = torch.stack([ys.mean(0), ys.std(0)])
     bound = errors + C * UNIT[y.dtype] * ys.abs() + SMALLEST[y.dtype]
     assert_within(y.view(ys.shape), ys, bound)
+
+
+def random_head(n: int, k: int, n_out: int, stored: torch.dtype = torch.int8, device: str | None = None) -> tuple:
+    """(weight, scale, bias, head_weight, head_bias), with scales that differ from channel to channel."""
+    device = device or ("cuda" if GPU else "cpu")
+    if stored == torch.int8:
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+        scale = 10.0 ** (torch.rand(n, device=device) - 0.5) / (73 * k**0.5)
+    else:
+        weight, scale = (torch.randn(n, k, device=device) / k**0.5).to(stored), None
+    head_weight = torch.randn(n_out, n, device=device) / n**0.5
+    return weight, scale, torch.randn(n, device=device), head_weight, torch.randn(n_out, device=device)
+
+
+def exact_head(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    activation: str,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(y, its bound before rounding) in float64: the bound of each layer, the first carried through the second."""
+    w = weight.to(compute).double() * (1.0 if scale is None else scale.double()[:, None])
+    b, c = (w.new_zeros(1) if t is None else t.double() for t in (bias, head_bias))
+    h, v = x.double(), head_weight.double()
+    z, size = h @ w.t() + b, h.abs() @ w.abs().t() + b.abs()
+    error = C * h.shape[1] ** 0.5 * UNIT[torch.float32] * size
+    unit = "tf32" if x.is_cuda and compute == torch.float32 and x.dtype == torch.float32 else compute
+    if x.dtype != compute or unit == "tf32":
+        error = error + (UNIT[unit] * h.abs() + SMALLEST[compute]) @ w.abs().t()
+    entry, parameter = activations.parse(activation)
+    error = LIPSCHITZ.get(entry.name, max(1.0, parameter)) * error + C * activation_error(z, activation)
+    h = activations.apply(z, activation)
+    size = h.abs() @ v.abs().t() + c.abs()
+    return h @ v.t() + c, error @ v.abs().t() + C * h.shape[1] ** 0.5 * UNIT[torch.float32] * size
+
+
+def assert_head(run, x: Tensor, args: tuple, activation: str = "relu", compute: torch.dtype | None = None) -> None:
+    y = run(x, *args, activation, compute)
+    ref, bound = exact_head(x.reshape(-1, x.shape[-1]), *args, activation, compute or x.dtype)
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], args[3].shape[0])
+    assert_within(y.reshape(ref.shape), ref, bound + C * UNIT[x.dtype] * ref.abs() + SMALLEST[x.dtype])
