@@ -2,7 +2,8 @@
 
 The module stays what it is. Its children are not moved or merged, its class is a subclass of its own, its methods and
 state dict are unchanged; only the traced forward differs, and in it ``self.fc1(x, activation="relu")`` stands where
-two calls stood. Code that calls the children in another order therefore still gets what it asks for.
+two calls stood, and one ``Chain`` where a whole MLP did. Code that calls the children in another order therefore still
+gets what it asks for.
 
 Only a module's own code is traced (``torch.fx``, every child a leaf), and only code that tracing cannot misread: no
 branches but on the module's settings, no context managers, no assignments to ``self``. Every Python function is read as
@@ -29,7 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .nn import CompressedLinear
+from rewardzip_kernels.mlp_layout import MAX_INPUTS
+
+from .chain import Chain, Step, fits, joined
+from .nn import CompressedLinear, Int8Linear
 
 MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.ReLU: lambda m: "relu",
@@ -57,9 +61,15 @@ FUNCTIONS: dict[Any, tuple[str, str | None]] = {
 
 
 class FusedForward:
-    """Mixed into the class of a module whose forward was rewritten; ``fused`` maps its linear layers to activations."""
+    """Mixed into the class of a module whose forward was rewritten.
+
+    ``fused`` maps its linear layers to activations, ``chains`` are its runs of layers in one launch, and ``whole`` is
+    the chain that is all it does, if there is one.
+    """
 
     fused: dict[str, str]
+    chains: list[Chain]
+    whole: Chain | None
 
     def __init_subclass__(cls) -> None:
         """Silent to the author's class, which may keep a list of its subclasses."""
@@ -80,8 +90,12 @@ class FusedForward:
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
-        calls = ", ".join(f"{name} + {activation}" for name, activation in self.fused.items())
-        return f"{own}\nfused: {calls}" if own else f"fused: {calls}"
+        lines = [own] if own else []
+        chained = {step.layer for chain in self.chains for step in chain.steps}
+        alone = [f"{name} {activation}" for name, activation in self.fused.items() if name not in chained]
+        if alone:
+            lines.append(f"fused: {', '.join(alone)}")
+        return "\n".join(lines + [f"one launch: {chain}" for chain in self.chains])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class exists in this process only: a copy is made from the author's class and fused again
@@ -152,8 +166,9 @@ def fuse(module: nn.Module) -> str | None:
     if graph is None or again is None or graph.python_code("self").src != again.python_code("self").src:
         return "it makes tensors or numbers of its own"
     fused = _fold_activations(module, graph)
-    if fused:
-        _install(module, fx.GraphModule(module, graph), fused, tuple(defaults.values()))
+    chains = _fold_chains(module, graph)
+    if fused or chains or _fold_joins(module, graph):
+        _install(module, graph, fused, chains, tuple(defaults.values()))
     return None
 
 
@@ -268,8 +283,124 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return name if value is None else f"{name}:{float(value)}"
 
 
-def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], defaults: tuple[Any, ...]) -> None:
-    kind, forward = type(module), type(traced).forward
+def _fold_chains(module: nn.Module, graph: fx.Graph) -> dict[str, Chain]:
+    """Put a chain where linear layers follow one another; the names it is called by."""
+    chains: dict[str, Chain] = {}
+    gone: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node in gone or not _is_linear(module, node):
+            continue
+        run = _run_from(module, node)
+        while run and not fits([module.get_submodule(step.layer) for step, _ in run]):
+            run.pop()
+        if not run:
+            continue
+        name = f"_chain_{len(chains)}"
+        chains[name] = Chain(module, tuple(step for step, _ in run))
+        source, end = node.args[0], run[-1][1]
+        parts = _concatenated(source)
+        with graph.inserting_after(end):
+            new = graph.call_module(name, *((tuple(parts[0]), {"dim": parts[1]}) if parts else ((source,),)))
+        end.replace_all_uses_with(new)
+        gone |= _erase_back(graph, end, source)
+    return chains
+
+
+def _run_from(module: nn.Module, node: fx.Node) -> list[tuple[Step, fx.Node]]:
+    """The linear layers that follow one another from this one, each with the last node that belongs to it."""
+    run = []
+    while True:
+        name, activation = str(node.target), str(node.kwargs.get("activation", "none"))
+        layer, end, norm = module.get_submodule(name), node, None
+        after = _only_user(end)
+        if activation == "none" and after is not None and _is_norm(module, after, layer):
+            norm, end = str(after.target), after
+            after = _only_user(end)
+        if activation == "none" and after is not None and (found := _activation(module, after)):
+            activation, end = found, after
+            after = _only_user(end)
+        run.append((Step(name, norm, activation), end))
+        if after is None or not _is_linear(module, after):
+            return run
+        node = after
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that takes this one's value, as its first argument."""
+    users = list(node.users)
+    if len(users) != 1 or not users[0].args or users[0].args[0] is not node:
+        return None
+    return users[0]
+
+
+def _is_linear(module: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or not set(node.kwargs) <= {"activation"}:
+        return False
+    layer = module.get_submodule(str(node.target))
+    return type(layer) in (Int8Linear, nn.Linear) and is_plain(layer)
+
+
+def _is_norm(module: nn.Module, node: fx.Node, layer: Any) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    norm = module.get_submodule(str(node.target))
+    return type(norm) is nn.LayerNorm and is_plain(norm) and norm.normalized_shape == (layer.out_features,)
+
+
+def _concatenated(node: Any) -> tuple[list[fx.Node], int] | None:
+    """(tensors, dim) of a node that is a torch.cat of a list, None for another."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return None
+    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+    tensors, dim = given.get("tensors"), given.get("dim", given.get("axis", 0))
+    if not isinstance(tensors, list | tuple) or not all(isinstance(t, fx.Node) for t in tensors):
+        return None
+    return (list(tensors), dim) if isinstance(dim, int) and 2 <= len(tensors) <= MAX_INPUTS else None
+
+
+def _erase_back(graph: fx.Graph, end: fx.Node, source: Any) -> set[fx.Node]:
+    """Erase what led from ``source`` to ``end``, and ``source`` itself if it was a torch.cat nobody else reads."""
+    gone = set()
+    node = end
+    while node is not source and not node.users:
+        before = node.args[0]
+        graph.erase_node(node)
+        gone.add(node)
+        assert isinstance(before, fx.Node)
+        node = before
+    if node is source and not node.users and _concatenated(node):
+        graph.erase_node(node)
+    return gone
+
+
+def _fold_joins(module: nn.Module, graph: fx.Graph) -> bool:
+    """Hand a child that is one chain the parts of a torch.cat, not their copy."""
+    found = False
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        child, source = module.get_submodule(str(node.target)), node.args[0]
+        parts = _concatenated(source)
+        if parts is None or getattr(type(child), "whole", None) is None:
+            continue
+        with graph.inserting_before(node):
+            owner = graph.get_attr(str(node.target))
+            new = graph.call_function(joined, (owner, *parts[0]), {"dim": parts[1]})
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        if isinstance(source, fx.Node) and not source.users:
+            graph.erase_node(source)
+        found = True
+    return found
+
+
+def _install(
+    module: nn.Module, graph: fx.Graph, fused: dict[str, str], chains: dict[str, Chain], defaults: tuple[Any, ...]
+) -> None:
+    used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    root = {name: chains.get(name) or _attribute(module, name) for name in used}
+    forward = type(fx.GraphModule(root, graph)).forward
+    kind = type(module)
     if defaults:
         run, original = forward, kind.forward
         required = len(inspect.signature(original).parameters) - 1 - len(defaults)
@@ -279,7 +410,22 @@ def _install(module: nn.Module, traced: fx.GraphModule, fused: dict[str, str], d
                 return run(self, *args, *defaults)
             return original(self, *args, **kwargs)
 
-    module.__class__ = _subclass(kind, {"forward": forward, "fused": fused})
+    operations = [node.op for node in graph.nodes]
+    whole = operations == ["placeholder", "call_module", "output"] and "_chain_0" in chains and not defaults
+    names = {
+        "forward": forward,
+        "fused": fused,
+        "chains": list(chains.values()),
+        "whole": chains["_chain_0"] if whole else None,
+    }
+    module.__class__ = _subclass(kind, {**names, **chains})
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _branches_on_settings(code: CodeType) -> bool:

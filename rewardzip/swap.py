@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .fuse import FusedForward, fuse, is_plain, unfuse
+from .fuse import FusedForward, is_plain, unfuse
+from .fuse import fuse as fuse_forward
 from .int8 import Int8
 from .nn import CompressedLinear
 from .nn.base import is_conv1d, is_pruned
@@ -28,13 +29,15 @@ def swap(
     *,
     skip: Choice = (),
     filter: Choice | None = None,
+    fuse: bool = True,
     inplace: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` with its linear layers, and the activations behind them, on fused kernels.
 
     skip, filter: names, shell wildcards, or ``(module, name) -> bool``; what ``skip`` matches, or ``filter`` does not,
     stays dense. example_inputs: one batch (a tensor, or a tuple of the forward's arguments), needed by static scales
-    and by float16 products. Layers with one output stay dense unless the config says otherwise; ``explain`` tells of
+    and by float16 products. fuse=False leaves the model's forwards alone: a launch per layer, activations apart. Layers
+    with one output stay dense unless the config says otherwise; ``explain`` tells of
     each layer what became of it and why.
     """
     _check_choice(model, "skip", skip)
@@ -57,7 +60,7 @@ def swap(
     else:
         # the copy finds each replaced layer copied already
         model = _copy(model, {id(linear): layer for linear, layer in made.items()})
-    notes = fuse_forwards(model)
+    notes = fuse_forwards(model) if fuse else {}
     if not chosen:
         warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
     if notes:
@@ -110,16 +113,21 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
             layer.refresh(source)
         for tensor, dense in copies:
             tensor.copy_(dense)
+    for module in fast.modules():
+        if isinstance(module, FusedForward):
+            for chain in module.chains:
+                chain.repack()
 
 
 def fuse_forwards(model: nn.Module) -> dict[str, str]:
     """Fuse every module that calls compressed layers; the reasons for those that own some and could not be."""
     notes = {}
-    for name, module in model.named_modules():
+    # children first: a parent hands the parts of a torch.cat to a child that is one chain
+    for name, module in reversed(list(model.named_modules())):
         if isinstance(module, CompressedLinear | FusedForward | nn.ModuleList | nn.ModuleDict):
             continue
         if any(isinstance(m, CompressedLinear) for m in module.modules()):
-            reason = fuse(module)
+            reason = fuse_forward(module)
             if reason and _owns_activated(module):
                 notes[name or type(module).__name__] = reason
     return notes

@@ -22,6 +22,13 @@ class CompressedLinear(nn.Module):
     dtype: torch.dtype
     fp32_bias: Tensor | None
 
+    changes: int = 0
+    """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["changes"] = self.changes + 1
+
     @property
     def weight(self) -> Tensor:
         """The dense weight this layer stands for, made anew at each reading."""
@@ -63,6 +70,7 @@ class CompressedLinear(nn.Module):
         probe = next(b for b in before.values() if b is not None)
         self.dtype = fn(probe.new_empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
+        self.__dict__["changes"] = self.changes + 1
         for name, exact in before.items():
             moved = self._buffers[name]
             if exact is not None and moved is not None and moved.dtype != exact.dtype:

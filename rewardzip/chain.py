@@ -1,0 +1,159 @@
+"""A run of linear layers, with their norms and activations, in one launch.
+
+The layers stay where they are and hold the numbers: a chain packs a copy of them into the two flat tensors of the
+``fused_mlp`` op, and packs again, in place, when one of them has changed. At the sizes that fit one launch the copy is
+small. Where the one launch is not what is wanted (a dense layer of the chain is being trained), the layers run one by
+one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewardzip_kernels import activations, fused_mlp
+from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
+
+from .nn import CompressedLinear, Int8Linear
+
+
+@dataclass(frozen=True)
+class Step:
+    """One linear layer of a chain by its name in the module, its norm's name, and the activation behind them."""
+
+    layer: str
+    norm: str | None = None
+    activation: str = "none"
+
+
+@dataclass
+class _Packed:
+    stamp: tuple[int, ...]
+    weights: Tensor
+    params: Tensor
+    layers: str
+
+
+class Chain:
+    """The steps of one module as a function of its inputs, which are read side by side."""
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self.linears: list[Any] = [module.get_submodule(step.layer) for step in steps]
+        self.norms: list[Any] = [step.norm and module.get_submodule(step.norm) for step in steps]
+        # without a wish of the user's, what the layers would do one by one
+        self.compute_dtype = self.linears[0].compute_dtype or torch.float32
+        self.packed: dict[tuple[int, ...], _Packed] = {}
+        parts = [*self.linears, *filter(None, self.norms)]
+        self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
+        self.dense = [p for m in parts if not isinstance(m, CompressedLinear) for p in m.parameters()]
+
+    def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.dense):
+            return self.one_by_one(*inputs)
+        widths = tuple([x.shape[-1] for x in inputs])
+        packed = self.packed.get(widths)
+        if torch.compiler.is_compiling():
+            if packed is None:
+                return self.one_by_one(*inputs)
+        elif packed is None or packed.stamp != self.stamp():
+            packed = self.pack(widths)
+        compute = self.compute_dtype if inputs[0].dtype == torch.float32 else None
+        return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
+
+    def one_by_one(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        for step, linear, norm in zip(self.steps, self.linears, self.norms, strict=True):
+            if norm is None and isinstance(linear, CompressedLinear):
+                x = linear(x, step.activation)
+            else:
+                x = linear(x) if norm is None else norm(linear(x))
+                x = activations.apply(x, step.activation)
+        return x
+
+    def stamp(self) -> tuple[int, ...]:
+        """Other than before whenever a number of the layers may be: counters only grow, so their sum tells."""
+        total = 0
+        for layer in self.compressed:
+            total += layer.changes
+            for buffer in layer._buffers.values():
+                if buffer is not None:
+                    total += _version(buffer)
+        for parameter in self.dense:
+            total += _version(parameter)
+        # a dense layer's parameter can get other storage and count no change
+        return total, *[p.data_ptr() for p in self.dense]
+
+    def pack(self, widths: tuple[int, ...]) -> _Packed:
+        """The layers' numbers in flat tensors: in those there are, so that captured graphs see them, or in new ones."""
+        stamp = self.stamp()
+        layers = f"{'+'.join(map(str, widths))}: " + ", ".join(
+            f"{linear.out_features}{f' layer_norm:{norm.eps}' if norm else ''} {step.activation}"
+            for step, linear, norm in zip(self.steps, self.linears, self.norms, strict=True)
+        )
+        hidden = [True] * (len(self.steps) - 1) + [False]
+        member = [_numbers(*parts) for parts in zip(self.linears, self.norms, hidden, strict=True)]
+        with torch.no_grad():
+            weights, params = pack([member], layers)
+        old = self.packed.get(widths)
+        if old is not None and old.weights.device == weights.device:
+            weights, params = old.weights.copy_(weights), old.params.copy_(params)
+        self.packed[widths] = _Packed(stamp, weights, params, layers)
+        return self.packed[widths]
+
+    def repack(self) -> None:
+        for widths in list(self.packed):
+            self.pack(widths)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{step.layer} {step.activation}" for step in self.steps)
+
+
+def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
+    n = linear.out_features
+    if hidden:
+        weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
+    elif isinstance(linear, Int8Linear):
+        weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
+    else:
+        weight, scale, bias = linear.weight.float(), None, linear.bias
+    bias = torch.zeros(n, device=weight.device) if bias is None else bias
+    if norm is None:
+        return Linear(weight, bias, scale)
+    ones, zeros = torch.ones(n, device=weight.device), torch.zeros(n, device=weight.device)
+    return Linear(
+        weight, bias, scale, ones if norm.weight is None else norm.weight, zeros if norm.bias is None else norm.bias
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    # made under inference_mode, a tensor counts no changes and can be changed only there
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def fits(linears: list[Any]) -> bool:
+    """Whether these layers, one after the other, can be one launch of ``fused_mlp``."""
+    hidden, last = linears[:-1], linears[-1]
+    return (
+        2 <= len(linears) <= MAX_LAYERS
+        and all(type(m) is Int8Linear and m.rows == "float" for m in hidden)
+        and len({m.compute_dtype for m in hidden}) == 1
+        and (type(last) is Int8Linear or type(last) is nn.Linear)
+        and all(m.out_features <= MAX_WIDTH for m in linears)
+        and hidden[0].in_features <= MAX_WIDTH
+        and all(a.out_features == b.in_features for a, b in pairwise(linears))
+    )
+
+
+def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
+    """``module(torch.cat(inputs, dim))``, without the copy where the module is one chain."""
+    whole = getattr(type(module), "whole", None)
+    if whole is None or len(inputs) > MAX_INPUTS or module._forward_hooks or module._forward_pre_hooks:
+        return module(torch.cat(inputs, dim))
+    return whole(*inputs, dim=dim)

@@ -1,0 +1,223 @@
+"""Chains: whole MLPs in one launch, over layers that stay where they are and may change."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rewardzip as rz
+
+
+class Ops(TorchDispatchMode):
+    """The rewardzip ops that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "rewardzip" in str(function):
+            self.seen.append(str(function).split(".")[1])
+        if function is torch.ops.aten.cat.default:
+            self.seen.append("cat")
+        return function(*args, **(kwargs or {}))
+
+
+def ops(model, *inputs):
+    with Ops() as mode, torch.no_grad():
+        model(*inputs)
+    return mode.seen
+
+
+def mlp(*sizes, activation=nn.ReLU, last=None):
+    layers = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1], *([last] if last else [])).requires_grad_(False)
+
+
+def alike(fast, x, *more, tolerance=1e-5):
+    """The chain against the same layers one by one."""
+    slow = rz.restore(fast)
+    torch.testing.assert_close(fast(x, *more), slow(x, *more), rtol=tolerance, atol=tolerance)
+
+
+class Critic(nn.Module):
+    """Two heads on one concatenation, functional activations, a LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a1, self.a2, self.a3 = nn.Linear(23, 64), nn.Linear(64, 33), nn.Linear(33, 1)
+        self.b1, self.norm, self.b2, self.b3 = nn.Linear(23, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, state, action):
+        both = torch.cat([state, action], 1)
+        a = self.a3(F.relu(self.a2(F.elu(self.a1(both)))))
+        b = self.b3(torch.tanh(self.b2(F.mish(self.norm(self.b1(both))))))
+        return a, b
+
+
+def test_a_reward_model_is_one_op_and_no_copy():
+    model = rz.RewardMLP(17, 6).requires_grad_(False)
+    fast = rz.swap(model, rz.Int8())
+    state, action = torch.randn(5, 17), torch.randn(5, 6)
+    assert ops(fast, state, action) == ["fused_mlp"]
+    assert ops(rz.swap(model, rz.Int8(), fuse=False), state, action) == ["cat", "int8_linear", "int8_linear"]
+    alike(fast, state, action)
+    assert "one launch: 0 relu, 2 relu, 4 none" in repr(fast)
+
+
+def test_functional_chains_share_a_concatenation():
+    fast = rz.swap(Critic().requires_grad_(False), rz.Int8())
+    state, action = torch.randn(5, 17), torch.randn(5, 6)
+    assert ops(fast, state, action) == ["fused_mlp", "fused_mlp"]
+    alike(fast, state, action)
+
+
+def test_a_concatenation_along_another_dimension_is_made():
+    fast = rz.swap(Critic().requires_grad_(False), rz.Int8())
+    state, action = torch.randn(2, 11, 23), torch.randn(2, 4, 23)
+    assert ops(fast, state, action)[:2] == ["cat", "fused_mlp"]
+    alike(fast, state, action)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((8, 256, 256, 4), ["fused_mlp"]),
+        ((8, 257, 4), ["int8_linear", "int8_linear"]),
+        ((300, 16, 4), ["int8_linear", "int8_linear"]),
+        ((8, 9, 10, 11, 12, 13, 4), ["fused_mlp"]),
+        ((8, 9, 10, 11, 12, 13, 14, 15, 4), ["fused_mlp", "fused_mlp"]),
+        ((8, 4), ["int8_linear"]),
+    ],
+)
+def test_limits(sizes, expected):
+    fast = rz.swap(mlp(*sizes), rz.Int8())
+    x = torch.randn(7, sizes[0])
+    assert ops(fast, x) == expected
+    alike(fast, x)
+
+
+def test_trailing_layers_and_activations():
+    for last in (nn.Flatten(0), nn.Tanh(), nn.Softmax(-1)):
+        model = mlp(8, 16, 16, 3, activation=nn.SiLU, last=last)
+        fast = rz.swap(model, rz.Int8())
+        assert ops(fast, torch.randn(5, 8)) == ["fused_mlp"]
+        alike(fast, torch.randn(5, 8))
+
+
+def test_gradients_reach_inputs_and_dense_layers_in_training():
+    model = mlp(6, 16, 16, 1)
+    fast = rz.swap(model, rz.Int8())
+    x = torch.randn(4, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fast(x).sum(), x)
+    (expected,) = torch.autograd.grad(rz.restore(fast)(x).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    fast[4].requires_grad_(True)
+    fast(x).sum().backward()
+    assert fast[4].weight.grad.abs().sum() > 0, "a dense layer of a chain can be trained"
+
+
+def change_buffer(fast):
+    fast[0].scale.mul_(2)
+
+
+def replace_buffer(fast):
+    fast[0].scale = fast[0].scale * 2
+
+
+def load(fast):
+    state = {name: t + 1 if t.is_floating_point() else t for name, t in fast.state_dict().items()}
+    fast.load_state_dict(state)
+
+
+def train_last(fast):
+    with torch.no_grad():
+        fast[4].weight.add_(1)
+
+
+def data_of_last(fast):
+    fast[4].weight.data = fast[4].weight.data + 1
+
+
+def replace_layer(fast):
+    fast[2] = nn.Linear(16, 16)
+
+
+def half_and_back(fast):
+    fast.half().float()
+
+
+@pytest.mark.parametrize(
+    "change", [change_buffer, replace_buffer, load, train_last, data_of_last, replace_layer, half_and_back]
+)
+def test_every_change_of_a_layer_is_noticed(change):
+    fast = rz.swap(mlp(6, 16, 16, 1), rz.Int8())
+    x = torch.randn(4, 6)
+    before = fast(x)
+    change(fast)
+    if change is not half_and_back:
+        assert not torch.equal(fast(x), before)
+    alike(fast, x)
+
+
+def test_refresh_packs_in_place():
+    model = rz.RewardMLP(17, 6).requires_grad_(False)
+    fast = rz.swap(model, rz.Int8())
+    x = torch.randn(5, 17), torch.randn(5, 6)
+    fast(*x)
+    (packed,) = fast.net.chains[0].packed.values()
+    addresses = packed.weights.data_ptr(), packed.params.data_ptr()
+    for p in model.parameters():
+        p.mul_(1.5)
+    rz.refresh(fast, model)
+    (again,) = fast.net.chains[0].packed.values()
+    assert (again.weights.data_ptr(), again.params.data_ptr()) == addresses, "a captured graph reads these"
+    torch.testing.assert_close(fast(*x), rz.swap(model, rz.Int8())(*x))
+    alike(fast, *x)
+
+
+def test_copies_are_their_own():
+    fast = rz.swap(mlp(6, 16, 16, 1), rz.Int8())
+    x = torch.randn(4, 6)
+    y = fast(x)
+    other = copy.deepcopy(fast)
+    other[0].scale.mul_(2)
+    assert torch.equal(fast(x), y)
+    assert not torch.equal(other(x), y)
+    assert ops(other, x) == ["fused_mlp"]
+
+
+def test_hooks_on_the_chain_s_module_run():
+    fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
+    seen = []
+    fast.net.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    fast(torch.randn(5, 17), torch.randn(5, 6))
+    assert seen == [(5, 23)]
+
+
+def test_made_in_inference_mode():
+    with torch.inference_mode():
+        fast = rz.swap(rz.RewardMLP(17, 6), rz.Int8())
+        x = torch.randn(5, 17), torch.randn(5, 6)
+        alike(fast, *x)
+
+
+def test_compile_and_export():
+    fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False).eval(), rz.Int8())
+    x = torch.randn(5, 17), torch.randn(5, 6)
+    expected = fast(*x)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x), expected)
+    exported = torch.export.export(fast, x)
+    assert "rewardzip.fused_mlp" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(*x), expected)
+
+
+def test_explain_names_the_launch():
+    told = rz.explain(rz.swap(rz.RewardMLP(17, 6), rz.Int8()))
+    assert [layer.op for layer in told] == ["fused_mlp", "fused_mlp", "fused_mlp"]
