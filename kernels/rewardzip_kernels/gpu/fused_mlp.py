@@ -5,9 +5,9 @@
     y                    a tuple of [BLOCK_M, up to 32] fp32 sums, added to as each slice of the last hidden layer ends
 
 A layer is computed a slice of outputs at a time, so that 256 wide fits the registers: h (64 a thread), the next h, and
-one slice of sums. The last hidden layer keeps no h, and walks over its slices in a run-time loop. A wide LayerNorm needs
-all sums of a row before any of them can end: its layer is computed twice, moments first. Where the weights of one
-network fit on chip they are loaded before the loop over the rows (RESIDENT), elsewhere a tile at a time.
+one slice of sums. The last hidden layer keeps no h, and walks over its slices in a run-time loop. A wide LayerNorm
+needs all sums of a row before any of them can end: its layer is computed twice, moments first. Where the weights of
+one network fit on chip they are loaded before the loop over the rows (RESIDENT), elsewhere a tile at a time.
 """
 
 from functools import lru_cache
@@ -468,29 +468,39 @@ FEW, SOME = 4096, 32768
 RESIDENT_BYTES = 48 * 1024
 
 
+# activations by the registers they work in: a comparison; (others: one exponential); a logarithm, an error function
+LIGHT, HEAVY = {"none", "relu", "leaky_relu"}, {"gelu", "gelu_tanh", "softplus", "mish"}
+
+
 def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
     """The written rule, from what compiles without spilling, not yet from measurements.
 
     Few rows: 16 a program, to fill the multiprocessors; in so small a tile any network fits the registers. Many rows,
-    at most 128 wide: 128 a program, the weights loaded once. Wider: 64 or 128 rows where a program keeps one layer of
-    256, slices of 32 where it keeps two, a layer and the next; 16 rows where it would keep more: a LayerNorm's sums,
-    more than 16 outputs, fp32. So do several such pairs, which compile for a minute otherwise.
+    at most 128 wide: 128 a program, the weights loaded once; 64 beside the sums of 5 to 16 outputs. Wider: 64 or 128
+    rows where a program keeps one layer of 256; slices of 32 where it keeps two, a layer and the next, or sums more
+    than 4 outputs; 16 rows where it would keep more: a LayerNorm's sums, a heavy activation's terms, more than 16
+    outputs, fp32. So do several pairs of wide layers, which compile for a minute otherwise.
     """
     hidden = net.layers[:-1]
     widest = max((layer.width for layer in hidden), default=0)
+    names = {layer.activation for layer in hidden}
     width = net.layers[-1].width
-    # as many outputs as one program sums beside the rest
     out = triton.next_power_of_2(width) if width <= 4 else _block(width, 64)
     few = Tile(16, 64, out, 4, False)
     if m <= FEW or compute == torch.float32 or width > 16:
         return few
+    if widest <= 128 and width > 4:
+        return Tile(64, 64, out, 4, False)
     if widest <= 128:
         fits = 2 * net.weights <= RESIDENT_BYTES and net.layers[0].columns <= 256 and not member_loop
         return Tile(128, 64, out, 4 if widest <= 64 else 8, fits)
     pairs = sum(layer.width > 128 and layer.columns > 128 for layer in hidden[:-1])
-    if pairs > 1 or any(layer.eps is not None and layer.width > 128 for layer in hidden):
+    if pairs > 1 or names & HEAVY or any(layer.eps is not None and layer.width > 128 for layer in hidden):
         return few
     if pairs == 1:
+        streamed = hidden[0].columns > 256 and hidden[0].scale is None
+        return Tile(64, 32, out, 4, False) if names <= LIGHT and not streamed else few
+    if width > 4:
         return Tile(64, 32, out, 4, False)
     return Tile(64, 64, out, 4, False) if m <= SOME else Tile(128, 64, out, 8, False)
 
