@@ -43,18 +43,18 @@ ROW_BUGS = {
 
 MLP = "fused_mlp"
 MLP_BUGS = {
-    "MLP: neighbour's scale": ('_vector(params, _get(NET, L, "scale"), n,', '_vector(params, _get(NET, L, "scale"), n ^ 1,'),
-    "MLP: bias missing on the tail": ('    acc += _vector(params, _get(NET, L, "bias"), n, NET, L)', '    acc += tl.where(n < 64, _vector(params, _get(NET, L, "bias"), n, NET, L), 0.0)'),
-    "MLP: activation before LayerNorm": ('    if _get(NET, L, "eps") is not None:\n        gamma', '    z = activate(z, _get(NET, L, "activation"), _get(NET, L, "parameter"))\n    if _get(NET, L, "eps") is not None:\n        gamma'),
+    "MLP: neighbour's scale": ('vector(params, get(NET, L, "scale"), n,', 'vector(params, get(NET, L, "scale"), n ^ 1,'),
+    "MLP: bias missing on the tail": ('    acc += vector(params, get(NET, L, "bias"), n, NET, L)', '    acc += tl.where(n < 64, vector(params, get(NET, L, "bias"), n, NET, L), 0.0)'),
+    "MLP: activation before LayerNorm": ('    if get(NET, L, "eps") is not None:\n        gamma', '    z = activate(z, get(NET, L, "activation"), get(NET, L, "parameter"))\n    if get(NET, L, "eps") is not None:\n        gamma'),
     "MLP: last row not stored": ("inside = (m < M)[:, None]", "inside = (m < M - 1)[:, None]"),
-    "MLP: K tail dropped": ("tl.range(0, _piece(NET, 0, i), SLICE):\n            x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)", "tl.range(0, _piece(NET, 0, i) - SLICE, SLICE):\n            x = _x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)"),
-    "MLP: inputs overlap": ("_start(NET, L, i)) + n", "0) + n"),
-    "MLP: every member the first": ('            weights += _size(NET, "weights")\n', ""),
+    "MLP: K tail dropped": ("tl.range(0, piece_width(NET, 0, i), SLICE):\n            x = x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)", "tl.range(0, piece_width(NET, 0, i) - SLICE, SLICE):\n            x = x_tile(xs[i], strides[i], scales_ptr, rows, k0, NET, i, SLICE).to(COMPUTE)"),
+    "MLP: inputs overlap": ("piece_start(NET, L, i)) + n", "0) + n"),
+    "MLP: every member the first": ('            weights += member_size(NET, "weights")\n', ""),
     "MLP: deviation over E": ("squares[j] / (MEMBERS - 1)", "squares[j] / MEMBERS"),
-    "MLP: variance over N - 1": ('squares / _get(NET, L, "width")', 'squares / (_get(NET, L, "width") - 1)'),
-    "MLP: the last slice counted whole": ('count = tl.minimum(_get(NET, L, "width") - seen, seen * 0.0 + z.shape[1])', "count = seen * 0.0 + z.shape[1]"),
+    "MLP: variance over N - 1": ('squares / get(NET, L, "width")', 'squares / (get(NET, L, "width") - 1)'),
+    "MLP: the last slice counted whole": ('count = tl.minimum(get(NET, L, "width") - seen, seen * 0.0 + z.shape[1])', "count = seen * 0.0 + z.shape[1]"),
     "MLP: rounded before the last layer": ("    row = params + (", "    h = h.to(tl.float16).to(tl.float32)\n    row = params + ("),
-    "MLP: scale off by 1 %": ('        acc *= _vector', '        acc *= 1.01 * _vector'),
+    "MLP: scale off by 1 %": ('        acc *= vector', '        acc *= 1.01 * vector'),
     "MLP: not rounded between layers": ("out = out + (z.to(COMPUTE),)", "out = out + ((z * 1.002).to(COMPUTE),)"),
 }  # fmt: skip
 HEAD = "reward_head"
@@ -68,18 +68,27 @@ HEAD_BUGS = {
 }  # fmt: skip
 
 
+# an op whose kernel is in several files, each importing from those before it
+PARTS = {MLP: ("mlp_tiles", "mlp_layers", "fused_mlp")}
+
+
 def mutant(tmp_path, stem, old, new):
     """The kernel module with one piece of its source replaced, under a name of its own."""
     need_triton()
-    source = (Path(rewardzip_kernels.__path__[0]) / "gpu" / f"{stem}.py").read_text()
-    assert source.count(old) >= 1, f"the source no longer says {old!r}: plant this bug anew"
-    name = f"rewardzip_kernels.gpu.{stem}_mutant"
-    file = tmp_path / f"{stem}_mutant.py"
-    file.write_text(source.replace(old, new, 1))
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    parts = PARTS.get(stem, (stem,))
+    sources = [(Path(rewardzip_kernels.__path__[0]) / "gpu" / f"{part}.py").read_text() for part in parts]
+    assert any(old in source for source in sources), f"the source no longer says {old!r}: plant this bug anew"
+    for part, source in zip(parts, sources, strict=True):
+        source = source.replace(old, new, 1)
+        for other in parts:
+            source = source.replace(f"from .{other} import", f"from .{other}_mutant import")
+        name = f"rewardzip_kernels.gpu.{part}_mutant"
+        file = tmp_path / f"{part}_mutant.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
     return module
 
 

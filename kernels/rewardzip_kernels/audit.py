@@ -101,8 +101,12 @@ MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("17+6: 64 relu, 64 relu, 1", {"dtype": torch.uint8}),  # a quantised replay buffer
     ("23: 32 relu, 32 relu, 1", {"members": 5}),  # an ensemble, weights on chip
     ("32: 128 relu, 128 relu, 1", {}),  # weights on chip, 8 warps
+    ("60: 64 layer_norm mish, 64 layer_norm mish, 16", {}),  # the most that 64 wide keeps
+    ("100: 128 mish, 128 mish, 128 mish, 128 mish, 16", {}),  # weights that do not fit
     ("24: 256 relu, 256 relu, 1", {}),  # one wide layer kept
     ("48: 256 elu, 128 elu, 1", {}),
+    ("24: 256 silu, 256 silu, 16", {}),  # slices of 32 beside the outputs' sums
+    ("24: 256 mish, 256 mish, 1", {}),  # a heavy activation: 16 rows
     ("23: 256 relu, 256 relu, 1", {"members": 5, "reduce": "mean_std"}),  # a loop over members
     ("393: 256 relu, 256 relu, 1", {}),  # a loop over inputs
     ("24: 256 relu, 256 relu, 256 relu, 1", {}),  # two wide layers kept

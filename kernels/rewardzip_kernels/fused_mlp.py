@@ -1,6 +1,8 @@
 """fused_mlp: a whole MLP, or an ensemble of them over the same inputs, as one op and one kernel launch.
 
-    h = concat(inputs)     per hidden layer: h = act(norm(scale * (h @ weight^T) + bias))     y = act(h @ weight^T + bias)
+    h = concat(inputs)
+    h = act(norm(scale * (h @ weight^T) + bias))    for each hidden layer
+    y = act(h @ weight^T + bias)
 
     inputs         1 or more [..., K_i]: fp32, fp16, bf16; or int8, uint8 with their row of ``input_scales``
     weights        all hidden weights, flat, int8 or 16-bit         params   all else, flat, fp32: see ``mlp_layout``

@@ -228,5 +228,6 @@ def check_sizes(op: str, weights: Tensor, params: Tensor, net: Layout, members: 
     for name, flat, size in (("weights", weights, net.weights), ("params", params, net.params)):
         if flat.shape != (members * size,) or not flat.is_contiguous():
             raise ValueError(
-                f"{op}: {name} has shape {tuple(flat.shape)}, but {members} member(s) of these layers take ({members * size},)"
+                f"{op}: {name} has shape {tuple(flat.shape)}, but {members} member(s) of these layers "
+                f"take ({members * size},)"
             )

@@ -1,6 +1,6 @@
 """reward_head on a GPU: int8_linear's product, whose epilogue multiplies with the head while the sums are in registers.
 
-    acc [BLOCK_N, BLOCK_M] = weight @ x^T    h = act(scale * acc + bias)    partial[tile, m, o] = sum over n of h * v[o, n]
+    acc [BLOCK_N, BLOCK_M] = weight @ x^T    h = act(scale * acc + bias)    partial[tile, m, o] = sum of h * head[o]
 
 Each tile of outputs writes its own partial sums [tiles, M, n_out]; a second, tiny kernel adds the tiles in a fixed
 order. No atomics, so the same rows give the same rewards.
