@@ -1,6 +1,7 @@
 """Chains: whole MLPs in one launch, over layers that stay where they are and may change."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def ops(model, *inputs):
 
 def mlp(*sizes, activation=nn.ReLU, last=None):
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1], *([last] if last else [])).requires_grad_(False)
 
