@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewardzip_kernels import activations, fused_mlp
+from rewardzip_kernels import activations, fused_mlp, reward_head
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
+from rewardzip_kernels.reward_head import MAX_OUT
 
 from .nn import CompressedLinear, Int8Linear
+
+# beyond this the first layer alone is worth a launch of its own
+MAX_INPUT_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class _Packed:
 class Chain:
     """The steps of one module as a function of its inputs, which are read side by side."""
 
+    op, where = "fused_mlp", "one launch"
+
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
         self.steps = steps
         self.linears: list[Any] = [module.get_submodule(step.layer) for step in steps]
         self.norms: list[Any] = [step.norm and module.get_submodule(step.norm) for step in steps]
-        # without a wish of the user's, what the layers would do one by one
-        self.compute_dtype = self.linears[0].compute_dtype or torch.float32
+        self.compute_dtype: torch.dtype | None = self.linears[0].compute_dtype
         self.packed: dict[tuple[int, ...], _Packed] = {}
         parts = [*self.linears, *filter(None, self.norms)]
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
@@ -64,7 +69,7 @@ class Chain:
                 return self.one_by_one(*inputs)
         elif packed is None or packed.stamp != self.stamp():
             packed = self.pack(widths)
-        compute = self.compute_dtype if inputs[0].dtype == torch.float32 else None
+        compute = compute_for(inputs[0], self.compute_dtype)
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
 
     def one_by_one(self, *inputs: Tensor) -> Tensor:
@@ -92,20 +97,25 @@ class Chain:
 
     def pack(self, widths: tuple[int, ...]) -> _Packed:
         """The layers' numbers in flat tensors: in those there are, so that captured graphs see them, or in new ones."""
-        stamp = self.stamp()
-        layers = f"{'+'.join(map(str, widths))}: " + ", ".join(
-            f"{linear.out_features}{f' layer_norm:{norm.eps}' if norm else ''} {step.activation}"
-            for step, linear, norm in zip(self.steps, self.linears, self.norms, strict=True)
-        )
-        hidden = [True] * (len(self.steps) - 1) + [False]
-        member = [_numbers(*parts) for parts in zip(self.linears, self.norms, hidden, strict=True)]
+        stamp, layers = self.stamp(), self.describe(widths)
         with torch.no_grad():
-            weights, params = pack([member], layers)
+            weights, params = pack([self.numbers()], layers)
         old = self.packed.get(widths)
         if old is not None and old.weights.device == weights.device:
             weights, params = old.weights.copy_(weights), old.params.copy_(params)
         self.packed[widths] = _Packed(stamp, weights, params, layers)
         return self.packed[widths]
+
+    def describe(self, widths: tuple[int, ...]) -> str:
+        """The chain as ``fused_mlp`` takes it."""
+        return f"{'+'.join(map(str, widths))}: " + ", ".join(
+            f"{linear.out_features}{f' layer_norm:{norm.eps}' if norm else ''} {step.activation}"
+            for step, linear, norm in zip(self.steps, self.linears, self.norms, strict=True)
+        )
+
+    def numbers(self) -> list[Linear]:
+        hidden = [True] * (len(self.steps) - 1) + [False]
+        return [_numbers(*parts) for parts in zip(self.linears, self.norms, hidden, strict=True)]
 
     def repack(self) -> None:
         for widths in list(self.packed):
@@ -113,6 +123,11 @@ class Chain:
 
     def __str__(self) -> str:
         return ", ".join(f"{step.layer} {step.activation}" for step in self.steps)
+
+
+def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
+    """What products are made of: the user's wish, else on a GPU float16 for fp32 rows, on a CPU the rows' own type."""
+    return torch.float32 if wish is None and x.dtype == torch.float32 and not x.is_cuda else wish
 
 
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
@@ -146,7 +161,7 @@ def fits(linears: list[Any]) -> bool:
         and len({m.compute_dtype for m in hidden}) == 1
         and (type(last) is Int8Linear or type(last) is nn.Linear)
         and all(m.out_features <= MAX_WIDTH for m in linears)
-        and hidden[0].in_features <= MAX_WIDTH
+        and hidden[0].in_features <= MAX_INPUT_WIDTH
         and all(a.out_features == b.in_features for a, b in pairwise(linears))
     )
 
@@ -157,3 +172,35 @@ def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
     if whole is None or len(inputs) > MAX_INPUTS or module._forward_hooks or module._forward_pre_hooks:
         return module(torch.cat(inputs, dim))
     return whole(*inputs, dim=dim)
+
+
+class Head(Chain):
+    """Two layers too wide for one MLP launch: a hidden layer that is never stored, and its product with few outputs."""
+
+    op, where = "reward_head", "one launch on a GPU"
+
+    def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim)
+        hidden, last = self.linears
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense)
+        if training or not x.is_cuda or last.weight.dtype != torch.float32:
+            return self.one_by_one(x)
+        weights = hidden.int8_weight, hidden.scale, hidden.fp32_bias, last.weight, last.bias
+        return reward_head(x, *weights, self.steps[0].activation, hidden.compute_dtype)
+
+    def repack(self) -> None:
+        """It reads the layers' own numbers."""
+
+
+def is_head(linears: list[Any], steps: list[Step]) -> bool:
+    """Whether these two layers can be one ``reward_head``."""
+    return (
+        len(linears) == 2
+        and type(linears[0]) is Int8Linear
+        and linears[0].rows == "float"
+        and type(linears[1]) is nn.Linear
+        and linears[1].out_features <= MAX_OUT
+        and linears[0].out_features == linears[1].in_features
+        and not any(step.norm for step in steps)
+        and steps[1].activation == "none"
+    )

@@ -38,14 +38,16 @@ def explain(model: nn.Module) -> Explanation:
     """A table of the model's linear layers: what runs them, what is fused, why, and bytes before and after."""
     fused: dict[str, str] = {}
     launches: dict[str, str] = {}
+    ops: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, FusedForward):
             prefix = f"{name}." if name else ""
             fused |= {prefix + child: activation for child, activation in module.fused.items()}
             for chain in module.chains:
                 first, last = prefix + chain.steps[0].layer, prefix + chain.steps[-1].layer
-                launches |= {prefix + step.layer: f"one launch, {first} to {last}" for step in chain.steps}
+                launches |= {prefix + step.layer: f"{chain.where}, {first} to {last}" for step in chain.steps}
                 fused |= {prefix + step.layer: step.activation for step in chain.steps}
+                ops |= {prefix + step.layer: chain.op for step in chain.steps}
     found = Explanation()
     for name, m in model.named_modules():
         activation = fused.get(name, "none")
@@ -53,13 +55,13 @@ def explain(model: nn.Module) -> Explanation:
             after = sum(b.numel() * b.element_size() for b in m.buffers())
             dense = (m.in_features + (m.fp32_bias is not None)) * m.out_features * m.dtype.itemsize
             apart = "its activation in the same launch" if name in fused else "no activation behind it was found"
-            op = "fused_mlp" if name in launches else type(m).__name__
+            op = ops.get(name, type(m).__name__)
             found.append(Layer(name, op, activation, launches.get(name, apart), dense, after))
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)
             why = (reason_to_leave([name], m, Int8()) if plain else "a subclass of nn.Linear") or "not chosen"
-            op = "fused_mlp" if name in launches else type(m).__name__
+            op = ops.get(name, type(m).__name__)
             why = f"{launches[name]}; {why}" if name in launches else why
             found.append(Layer(name, op, activation, why, size, size))
     return found

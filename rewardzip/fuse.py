@@ -32,7 +32,7 @@ from torch import fx, nn
 
 from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
-from .chain import Chain, Step, fits, joined
+from .chain import Chain, Head, Step, fits, is_head, joined
 from .nn import CompressedLinear, Int8Linear
 
 MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
@@ -290,13 +290,11 @@ def _fold_chains(module: nn.Module, graph: fx.Graph) -> dict[str, Chain]:
     for node in list(graph.nodes):
         if node in gone or not _is_linear(module, node):
             continue
-        run = _run_from(module, node)
-        while run and not fits([module.get_submodule(step.layer) for step, _ in run]):
-            run.pop()
-        if not run:
+        kind, run = _longest(module, _run_from(module, node))
+        if kind is None:
             continue
         name = f"_chain_{len(chains)}"
-        chains[name] = Chain(module, tuple(step for step, _ in run))
+        chains[name] = kind(module, tuple(step for step, _ in run))
         source, end = node.args[0], run[-1][1]
         parts = _concatenated(source)
         with graph.inserting_after(end):
@@ -304,6 +302,20 @@ def _fold_chains(module: nn.Module, graph: fx.Graph) -> dict[str, Chain]:
         end.replace_all_uses_with(new)
         gone |= _erase_back(graph, end, source)
     return chains
+
+
+def _longest(
+    module: nn.Module, run: list[tuple[Step, fx.Node]]
+) -> tuple[type[Chain] | None, list[tuple[Step, fx.Node]]]:
+    """The longest beginning of a run that is one launch, and of which kind."""
+    for length in range(len(run), 1, -1):
+        steps = [step for step, _ in run[:length]]
+        linears = [module.get_submodule(step.layer) for step in steps]
+        if fits(linears):
+            return Chain, run[:length]
+        if is_head(linears, steps):
+            return Head, run[:length]
+    return None, []
 
 
 def _run_from(module: nn.Module, node: fx.Node) -> list[tuple[Step, fx.Node]]:

@@ -20,7 +20,9 @@ class Int8:
     activations: None keeps the rows in their own type (the default: the model's numbers move least); "dynamic" rounds
         each row to int8 inside the layer; "static" uses one scale a layer, taken from the example inputs.
     compute_dtype: what the products of float rows are made of, "float32" (tf32 on a GPU), "float16" or "bfloat16".
-        None is the type of the rows. "float16" for wider rows needs example inputs, whose range is checked.
+        None is the type of the rows, but for a whole MLP in one launch on a GPU, where it is float16 for fp32 rows:
+        beyond 65504 an activation becomes inf there, and the output inf or NaN. "float16" for wider rows needs example
+        inputs, whose range is checked.
     scalar_outputs: also take layers with one output, which are otherwise left in full precision.
     """
 

@@ -90,7 +90,8 @@ def test_a_concatenation_along_another_dimension_is_made():
     [
         ((8, 256, 256, 4), ["fused_mlp"]),
         ((8, 257, 4), ["int8_linear", "int8_linear"]),
-        ((300, 16, 4), ["int8_linear", "int8_linear"]),
+        ((300, 16, 4), ["fused_mlp"]),
+        ((1025, 16, 4), ["int8_linear", "int8_linear"]),
         ((8, 9, 10, 11, 12, 13, 4), ["fused_mlp"]),
         ((8, 9, 10, 11, 12, 13, 14, 15, 4), ["fused_mlp", "fused_mlp"]),
         ((8, 4), ["int8_linear"]),

@@ -1,0 +1,171 @@
+"""An ensemble of reward models, or of Q networks, in one launch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rewardzip_kernels import fused_mlp
+from rewardzip_kernels.mlp_layout import pack
+
+from .chain import Chain, compute_for
+from .fuse import FusedForward
+from .int8 import Int8
+from .swap import swap
+
+Reduce = Literal["none", "mean_std"]
+
+
+def fuse_ensemble(
+    members: Sequence[nn.Module], config: Int8 | None = None, reduce: Reduce = "none", example_inputs: Any = None
+) -> FusedEnsemble:
+    """Networks of the same shape as one module: their MLPs in one launch over the same inputs.
+
+    The result returns all members' outputs stacked in front, or with reduce="mean_std" their mean and torch's standard
+    deviation. The members are swapped copies; each must hold one MLP of 2 to 6 layers, each at most 256 wide.
+    """
+    if not members:
+        raise ValueError("fuse_ensemble: there is no member")
+    if reduce not in ("none", "mean_std"):
+        raise ValueError(f"fuse_ensemble: reduce is {reduce!r}; it must be 'none' or 'mean_std'")
+    return FusedEnsemble([swap(m, config or Int8(), example_inputs) for m in members], reduce)
+
+
+class FusedEnsemble(nn.Module):
+    """Swapped ``members``, which hold the numbers and run their own code; one launch serves the MLPs of all."""
+
+    def __init__(self, members: Sequence[nn.Module], reduce: Reduce) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.reduce = reduce
+        self._share_launch()
+
+    def _share_launch(self) -> None:
+        chains = [_only_chain(member, e) for e, member in enumerate(self.members)]
+        _check_alike(list(self.members), [chain for _, _, chain in chains])
+        launch = _Launch([chain for _, _, chain in chains])
+        object.__setattr__(self, "launch", launch)
+        for e, (owner, name, chain) in enumerate(chains):
+            slot = _Slot(launch, e, chain)
+            setattr(type(owner), name, slot)
+            if owner.whole is chain:
+                type(owner).whole = slot
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._share_launch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "launch"}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        self.launch.start()
+        try:
+            outputs = torch.stack([member(*inputs) for member in self.members])
+        finally:
+            self.launch.end()
+        if self.reduce == "none":
+            return outputs
+        one = len(self.members) == 1
+        return outputs.mean(0), torch.full_like(outputs[0], torch.nan) if one else outputs.std(0)
+
+    def extra_repr(self) -> str:
+        return f"one launch for {len(self.members)} members, reduce={self.reduce}"
+
+    launch: _Launch
+
+
+class _Launch:
+    """The members' MLPs over what reaches the first one, each taking its share; the call under way is a thread's own."""
+
+    def __init__(self, chains: list[Chain]) -> None:
+        self.chains = chains
+        self.packed: dict[Any, Any] = {}
+        self.call = threading.local()
+
+    def start(self) -> None:
+        self.call.running, self.call.outputs = True, None
+
+    def end(self) -> None:
+        self.call.running, self.call.outputs = False, None
+
+    def serves(self, e: int) -> bool:
+        """Whether an ensemble's call is under way, and has passed the first member."""
+        return getattr(self.call, "running", False) and (e == 0 or self.call.outputs is not None)
+
+    def share(self, e: int, inputs: tuple[Tensor, ...]) -> Tensor:
+        if e == 0:
+            self.call.outputs = self.run(inputs)
+        share: Tensor = self.call.outputs[e]
+        return share
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        widths = tuple(x.shape[-1] for x in inputs)
+        stamp = [chain.stamp() for chain in self.chains]
+        found = self.packed.get(widths)
+        if found is None or found[0] != stamp:
+            layers = self.chains[0].describe(widths)
+            with torch.no_grad():
+                found = stamp, *pack([chain.numbers() for chain in self.chains], layers), layers
+            self.packed[widths] = found
+        _, weights, params, layers = found
+        compute = compute_for(inputs[0], self.chains[0].compute_dtype)
+        return fused_mlp(list(inputs), weights, params, layers, len(self.chains), "none", compute)
+
+
+class _Slot(Chain):
+    """Stands where a member's chain stood: its share of the launch inside an ensemble's call, itself outside."""
+
+    def __init__(self, launch: _Launch, e: int, chain: Chain) -> None:
+        self.__dict__.update(chain.__dict__)
+        self.shared_launch, self.e = launch, e
+
+    def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense)
+        if training or not self.shared_launch.serves(self.e):
+            return super().__call__(*inputs, dim=dim)
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        return self.shared_launch.share(self.e, inputs)
+
+
+def _only_chain(member: nn.Module, e: int) -> tuple[Any, str, Chain]:
+    """(the module that runs it, the name it runs it by, the one chain of a member)."""
+    found = [
+        (module, name, chain)
+        for module in member.modules()
+        if isinstance(module, FusedForward)
+        for name, chain in vars(type(module)).items()
+        if isinstance(chain, Chain) and name != "whole"
+    ]
+    if len(found) != 1 or found[0][2].op != "fused_mlp":
+        raise ValueError(
+            f"fuse_ensemble: member {e} has {len(found)} MLPs that fit one launch; it must have one "
+            "(2 to 6 layers, each at most 256 wide, in code that can be traced)"
+        )
+    return found[0]
+
+
+def _check_alike(members: list[nn.Module], chains: list[Chain]) -> None:
+    """Same shapes, and nothing outside the MLPs that could make the members' inputs differ."""
+    widths = (chains[0].linears[0].in_features,)
+    first = chains[0].describe(widths)
+    outside = _outside(members[0], chains[0])
+    for e, (member, chain) in enumerate(zip(members, chains, strict=True)):
+        if chain.describe(widths) != first or chain.linears[0].in_features != widths[0]:
+            raise ValueError(f"fuse_ensemble: member {e} is {chain.describe(widths)!r}, member 0 {first!r}")
+        mine = _outside(member, chain)
+        if mine.keys() != outside.keys() or any(not torch.equal(mine[n], outside[n]) for n in mine):
+            raise ValueError(
+                f"fuse_ensemble: member {e} and member 0 differ outside their MLP, so their MLPs see other inputs"
+            )
+
+
+def _outside(member: nn.Module, chain: Chain) -> dict[str, Tensor]:
+    parts = [*chain.linears, *filter(None, chain.norms)]
+    inside = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+    return {name: t for name, t in (*member.named_parameters(), *member.named_buffers()) if id(t) not in inside}

@@ -1,0 +1,130 @@
+"""fuse_ensemble: members in one launch, each as if it ran alone."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_chain import Critic, mlp, ops
+from torch import nn
+
+import rewardzip as rz
+
+
+def nets(count, make=lambda: rz.RewardMLP(17, 6, (32, 32))):
+    return [make().requires_grad_(False).eval() for _ in range(count)]
+
+
+def inputs(rows=9):
+    return torch.randn(rows, 17), torch.randn(rows, 6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_members_and_their_spread(count):
+    members, x = nets(count), inputs()
+    apart = torch.stack([rz.swap(m, rz.Int8())(*x) for m in members])
+    fused = rz.fuse_ensemble(members)
+    torch.testing.assert_close(fused(*x), apart)
+    assert ops(fused, *x) == ["fused_mlp"]
+    mean, std = rz.fuse_ensemble(members, reduce="mean_std")(*x)
+    torch.testing.assert_close(mean, apart.mean(0))
+    assert std.isnan().all() if count == 1 else torch.allclose(std, apart.std(0), atol=1e-5)
+
+
+class Untraceable(nn.Module):
+    """Like imitation's BasicRewardNet: chooses its inputs, checks its output, an MLP inside that squeezes."""
+
+    def __init__(self):
+        super().__init__()
+        self.use_action = True
+        self.mlp = nn.Sequential(*mlp(23, 32, 32, 1), nn.Flatten(0))
+
+    def forward(self, state, action, done=None):
+        parts = [torch.flatten(state, 1)]
+        if self.use_action:
+            parts.append(torch.flatten(action, 1))
+        outputs = self.mlp(torch.cat(parts, dim=1))
+        assert outputs.shape == state.shape[:1]
+        return outputs
+
+
+def test_members_with_code_of_their_own():
+    members, x = nets(3, Untraceable), inputs()
+    fused = rz.fuse_ensemble(members)
+    torch.testing.assert_close(fused(*x), torch.stack([rz.swap(m, rz.Int8())(*x) for m in members]))
+    assert ops(fused, *x).count("fused_mlp") == 1
+
+
+def test_q_networks():
+    members, x = nets(4, lambda: mlp(8, 64, 64, 3)), torch.randn(5, 8)
+    q = rz.fuse_ensemble(members)(x)
+    torch.testing.assert_close(q, torch.stack([rz.swap(m, rz.Int8())(x) for m in members]))
+    assert q.shape == (4, 5, 3)
+
+
+def test_members_can_be_called_alone_and_changed():
+    fused, x = rz.fuse_ensemble(nets(3)), inputs()
+    before = fused(*x)
+    torch.testing.assert_close(fused.members[1](*x), before[1])
+    fused.members[1].net[0].scale.mul_(2)
+    after = fused(*x)
+    assert not torch.equal(after[1], before[1])
+    assert torch.equal(after[0], before[0])
+    torch.testing.assert_close(after[1], fused.members[1](*x))
+
+
+def test_copies_gradients_and_state():
+    fused, x = rz.fuse_ensemble(nets(3)), inputs()
+    other = copy.deepcopy(fused)
+    assert torch.equal(other(*x), fused(*x))
+    assert ops(other, *x) == ["fused_mlp"]
+    other.members[0].net[0].scale.mul_(3)
+    assert not torch.equal(other(*x)[0], fused(*x)[0])
+    other.load_state_dict(fused.state_dict())
+    assert torch.equal(other(*x), fused(*x))
+    state = x[0].clone().requires_grad_()
+    fused(state, x[1]).sum().backward()
+    expected = x[0].clone().requires_grad_()
+    sum(m(expected, x[1]).sum() for m in fused.members).backward()
+    torch.testing.assert_close(state.grad, expected.grad)
+
+
+def test_many_threads_share_one_ensemble():
+    fused = rz.fuse_ensemble(nets(3))
+    batches = [inputs(rows) for rows in range(1, 33)]
+    expected = [fused(*x) for x in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(lambda x: fused(*x), batches * 4), expected * 4, strict=True):
+            assert torch.equal(got, want)
+
+
+class Scaled(rz.RewardMLP):
+    """A member with a number of its own in front of the MLP."""
+
+    def __init__(self, scale):
+        super().__init__(17, 6)
+        self.register_buffer("input_scale", torch.tensor(scale))
+
+    def forward(self, state, action):
+        return super().forward(state * self.input_scale, action)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([], "no member"),
+        ([rz.RewardMLP(17, 6), rz.RewardMLP(17, 6, (64, 32))], "member 1 is"),
+        ([rz.RewardMLP(17, 6), rz.RewardMLP(17, 7)], "member 1 is"),
+        ([Critic()], "member 0 has 2 MLPs"),
+        ([mlp(8, 300, 300, 1)], "member 0 has 0 MLPs|member 0 has 1 MLPs"),
+        ([Scaled(1.0), Scaled(2.0)], "differ outside their MLP"),
+    ],
+)
+def test_what_cannot_be_an_ensemble(members, words):
+    with pytest.raises(ValueError, match=words):
+        rz.fuse_ensemble(members)
+
+
+def test_bad_reduce():
+    with pytest.raises(ValueError, match="'none' or 'mean_std'"):
+        rz.fuse_ensemble(nets(2), reduce="max")
