@@ -26,6 +26,7 @@ for part in $parts; do
   case $part in
   tests)
     ops="tests/test_int8_linear.py tests/test_int8_dynamic_linear.py tests/test_quantize_rows.py tests/test_mutants.py"
+    ops="$ops tests/test_fused_mlp.py tests/test_reward_head.py tests/test_capture.py"
     [ "$dry" = 1 ] && ops="tests/test_quantize_rows.py"
     step tests "$python" -m pytest -q -p no:cacheprovider $ops
     ;;
@@ -43,9 +44,11 @@ for part in $parts; do
     ;;
   bench)
     if [ "$dry" = 1 ]; then
-      step bench "$python" benchmarks/linear.py --quick --no-compile --out "$out"
+      step linear "$python" benchmarks/linear.py --quick --no-compile --out "$out"
+      step models "$python" benchmarks/models.py --quick --no-compile --out "$out"
     else
-      step bench "$python" benchmarks/linear.py --out "$out"
+      step models "$python" benchmarks/models.py --rows 1 64 4096 65536 1048576 --out "$out"
+      step linear "$python" benchmarks/linear.py --out "$out"
     fi
     ;;
   *)

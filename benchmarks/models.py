@@ -1,0 +1,129 @@
+"""The table of whole reward models: swapped, against every way torch runs them; checked before it is timed.
+
+    python benchmarks/models.py [--quick] [--rows 1 1024 ...] [--out FOLDER] [--no-compile] [--threads N]
+
+Prints microseconds (median of rivals in turn) and the ratio to eager fp32; writes one JSON object a cell. On a GPU the
+L2 cache is cold, and a CUDA graph of every rival is listed beside it.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from linear import machine
+from torch import Tensor, nn
+
+import rewardzip as rz
+from rewardzip.timing import interleaved
+
+# name: inputs (state, action), hidden widths, activation
+MODELS = {
+    "23-32-32-1": ((17, 6), (32, 32), nn.ReLU),
+    "24-64-64-1": ((18, 6), (64, 64), nn.ReLU),
+    "23-256-256-1": ((17, 6), (256, 256), nn.ReLU),
+    "48-256-128-1 ELU": ((36, 12), (256, 128), nn.ELU),
+    "393-256-256-1": ((376, 17), (256, 256), nn.ReLU),
+    "125-1024-512-1": ((100, 25), (1024, 512), nn.ReLU),
+    "4096-4096-1": ((4000, 96), (4096,), nn.ReLU),
+}
+ROWS = (1, 32, 1024, 65536)
+
+# the largest relative error, in the norm, that still counts as the same function
+TOLERANCE = 0.1
+
+
+class Reward(nn.Module):
+    """A reward of (state, action) with any activation."""
+
+    def __init__(self, inputs: tuple[int, int], hidden: tuple[int, ...], activation: type[nn.Module]) -> None:
+        super().__init__()
+        sizes = (sum(inputs), *hidden)
+        layers = [part for a, b in zip(sizes, hidden, strict=False) for part in (nn.Linear(a, b), activation())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat([state, action], -1)).squeeze(-1)
+
+
+def amp(model: nn.Module, device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return model(*inputs)
+
+    return run
+
+
+def half(model: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    narrow = copy.deepcopy(model).to(dtype)
+    return lambda *inputs: narrow(*[x.to(dtype) for x in inputs])
+
+
+def providers(model: nn.Module, inputs: tuple[Tensor, ...], compile: bool) -> dict[str, Callable[..., Tensor]]:
+    device = inputs[0].device.type
+    made = {
+        "fp32": model,
+        "AMP bf16": amp(model, device, torch.bfloat16),
+        "bf16": half(model, torch.bfloat16),
+        "rewardzip int8": rz.swap(model, rz.Int8()),
+        "rewardzip int8 x int8": rz.swap(model, rz.Int8(activations="dynamic")),
+        "rewardzip int8, layers": rz.swap(model, rz.Int8(), fuse=False),
+    }
+    if device == "cuda":
+        made |= {"AMP fp16": amp(model, device, torch.float16), "fp16": half(model, torch.float16)}
+    if compile:
+        made["compile"] = torch.compile(model)
+        if device == "cuda":
+            made["compile, max-autotune"] = torch.compile(model, mode="max-autotune-no-cudagraphs")
+    if device == "cuda":
+        made |= {
+            f"{name}, graph": rz.capture(call, inputs) for name, call in made.items() if isinstance(call, nn.Module)
+        }
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one small model, a moment each")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--out", type=Path, help="folder for models.json")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what needs torch.compile")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = list(MODELS)[:1] if options.quick else list(MODELS)
+    told, written = machine(), []
+    print("  ".join(f"{k}: {v}" for k, v in told.items()))
+    for name in names:
+        sizes, hidden, activation = MODELS[name]
+        model = Reward(sizes, hidden, activation).to(device).eval().requires_grad_(False)
+        for rows in (1, 32) if options.quick else options.rows:
+            inputs = tuple(torch.randn(rows, k, device=device) for k in sizes)
+            exact = model.double()(*[x.double() for x in inputs])
+            model.float()
+            print(f"\n{name}, {rows} rows")
+            with torch.no_grad():
+                calls = {}
+                for provider, call in providers(model, inputs, not options.no_compile).items():
+                    error = float((call(*inputs).double() - exact).norm() / exact.norm())
+                    if error > TOLERANCE:
+                        print(f"  {provider:28} wrong by {error:.2g}: not timed")
+                        continue
+                    calls[provider] = partial(call, *inputs)
+                taken = interleaved(calls, device, 0.2 if options.quick else 2.0)
+            for provider, t in taken.items():
+                print(f"  {provider:28} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:6.2f}x")
+                cell = {"op": "model", "model": name, "rows": rows, "provider": provider}
+                written.append(cell | asdict(t) | told)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "models.json").write_text("\n".join(json.dumps(row) for row in written) + "\n")
+
+
+if __name__ == "__main__":
+    main()
