@@ -3,6 +3,8 @@
 Importing registers ``torch.ops.rewardzip``; it compiles nothing and looks for no GPU.
 """
 
+from .fused_mlp import fused_mlp as fused_mlp
 from .int8_dynamic_linear import int8_dynamic_linear as int8_dynamic_linear
 from .int8_linear import int8_linear as int8_linear
 from .quantize import quantize_rows as quantize_rows
+from .reward_head import reward_head as reward_head

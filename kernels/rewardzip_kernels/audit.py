@@ -26,6 +26,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # bytes of shared memory one block may use
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
+# how the parameters that make a tile begin
+SIZES = ("BLOCK", "SPLIT", "SLICE", "OUT")
+
 TENSOR_CORE = {
     "wgmma, A in registers": r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*\{",
     "wgmma": r"wgmma\.mma_async",
@@ -61,6 +64,55 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     runs[op](x, weight, scale, scale, "relu")
 
 
+def _mlp(
+    layers: str,
+    m: int,
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype = torch.int8,
+    compute: torch.dtype | None = None,
+    members: int | None = None,
+    reduce: str = "none",
+) -> None:
+    from .gpu.fused_mlp import fused_mlp
+    from .mlp_layout import layout
+
+    net = layout(layers, stored == torch.int8)
+    inputs = [torch.empty(m, k, dtype=dtype, device="meta") for k in net.layers[0].pieces]
+    weights = torch.empty((members or 1) * net.weights, dtype=stored, device="meta")
+    params = torch.empty((members or 1) * net.params, device="meta")
+    scales = None if dtype.is_floating_point else torch.empty(len(inputs), 2, device="meta")
+    fused_mlp(inputs, weights, params, layers, members, reduce, compute, scales)
+
+
+def _head(m: int, n_out: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+    from .gpu.reward_head import reward_head
+
+    x = torch.empty(m, 4096, dtype=dtype, device="meta")
+    weight = torch.empty(4096, 4096, dtype=stored, device="meta")
+    scale = torch.empty(4096, device="meta")
+    head = torch.empty(n_out, 4096, device="meta")
+    reward_head(x, weight, scale if stored == torch.int8 else None, scale, head, head[:, 0], "silu")
+
+
+# (layers, further arguments of ``_mlp``), and why
+MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("32: 64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
+    ("17+6: 64 relu, 64 relu, 1", {"dtype": torch.bfloat16, "stored": torch.bfloat16}),  # two inputs
+    ("17+6: 64 relu, 64 relu, 1", {"dtype": torch.uint8}),  # a quantised replay buffer
+    ("23: 32 relu, 32 relu, 1", {"members": 5}),  # an ensemble, weights on chip
+    ("32: 128 relu, 128 relu, 1", {}),  # weights on chip, 8 warps
+    ("24: 256 relu, 256 relu, 1", {}),  # one wide layer kept
+    ("48: 256 elu, 128 elu, 1", {}),
+    ("23: 256 relu, 256 relu, 1", {"members": 5, "reduce": "mean_std"}),  # a loop over members
+    ("393: 256 relu, 256 relu, 1", {}),  # a loop over inputs
+    ("24: 256 relu, 256 relu, 256 relu, 1", {}),  # two wide layers kept
+    ("24: 256 relu, 256 relu, 256 relu, 256 relu, 256 relu, 1", {}),  # 16 rows from here on
+    ("256: 256 layer_norm mish, 256 layer_norm mish, 101", {}),
+    ("256: 256 layer_norm mish, 256 layer_norm mish, 256", {"compute": torch.float32}),
+    ("1024: 1", {}),  # no hidden layer
+)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Host calls that between them launch every kernel in every tile class its rule can give."""
     for m, n, k in (
@@ -78,6 +130,18 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             partial(_linear, "int8_dynamic_linear", m, n, k, torch.float32),
         )
     yield "int8_linear 4096x65x23 float32", partial(_linear, "int8_linear", 4096, 65, 23, torch.float32)
+    for m, n_out in ((1, 1), (16, 1), (64, 16), (1024, 1), (4096, 1)):
+        for stored, dtype in (
+            (torch.int8, torch.float32),
+            (torch.int8, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16),
+        ):
+            name = f"reward_head {m}x{n_out} of {stored} {dtype}".replace("torch.", "")
+            yield name, partial(_head, m, n_out, dtype, stored)
+    for layers, options in MLPS:
+        details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
+        for m in (16, 8192, 1 << 20):
+            yield f"fused_mlp {m} x {layers}{details}", partial(_mlp, layers, m, **options)
 
 
 def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -94,27 +158,39 @@ def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[
     return launches
 
 
+def _specialised(parameter: Any, where: tuple[int, ...], value: Any) -> tuple[str, dict[Any, Any], dict[Any, Any]]:
+    """One argument as Triton would see it: (its type, itself if it is a constant, its alignment if it has one)."""
+    fixed = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else value is None
+    if parameter.is_constexpr or fixed:
+        return "constexpr", {where: value}, {}
+    divisible = {where: [["tt.divisibility", 16]]}
+    if isinstance(value, torch.Tensor):
+        names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+        dtype = str(value.dtype).removeprefix("torch.")
+        return "*" + names.get(dtype, dtype.replace("int", "i")), {}, divisible
+    aligned = value % 16 == 0 and not parameter.do_not_specialize
+    return "i32" if value < 2**31 else "i64", {}, divisible if aligned else {}
+
+
 def compile_for(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], target: str) -> Any:
     """Triton's compiled kernel, specialised for ``args`` as a launch would specialise it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for parameter, value in zip(kernel.params, args, strict=True):
-        where = (parameter.num,)
-        fixed = value == 1 and not parameter.do_not_specialize if isinstance(value, int) else value is None
-        if parameter.is_constexpr or fixed:
-            signature[parameter.name], constants[where] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
-            dtype = str(value.dtype).removeprefix("torch.")
-            signature[parameter.name] = "*" + names.get(dtype, dtype.replace("int", "i"))
-            attributes[where] = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            parts = [_specialised(parameter, (parameter.num, i), part) for i, part in enumerate(value)]
+            signature[parameter.name] = tuple(kind for kind, _, _ in parts)
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[where] = [["tt.divisibility", 16]]
+            parts = [_specialised(parameter, (parameter.num,), value)]
+            signature[parameter.name] = parts[0][0]
+        for _, constant, attribute in parts:
+            constants |= constant
+            attributes |= attribute
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:
@@ -162,7 +238,7 @@ def rows_of(case: str, target: str) -> list[Row]:
     for kernel, args, options in recorded(dict(cases())[case]):
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
-        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(("BLOCK", "SPLIT"))}
+        tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(SIZES)}
         sizes = " ".join(str(size) for size in tile.values())
         used = (options["num_warps"], registers, stack, compiled.metadata.shared, _instructions(compiled))
         rows.append(Row(case, kernel.__name__, target, sizes, *used))
@@ -176,7 +252,7 @@ def audit(targets: tuple[str, ...] = TARGETS, workers: int = 1) -> list[Row]:
         found = [row for rows in pool.map(rows_of, *zip(*jobs, strict=True)) for row in rows]
     seen: dict[tuple[Any, ...], Row] = {}
     for row in found:
-        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers), row)
+        seen.setdefault((row.kernel, row.target, row.tile, row.instructions, row.registers, row.stack, row.shared), row)
     return list(seen.values())
 
 

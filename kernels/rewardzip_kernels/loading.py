@@ -9,7 +9,7 @@ from typing import Any
 _found: dict[tuple[str, str], Callable[..., Any]] = {}
 
 NEEDS = {"gpu": ("triton",), "cpu": ("numba", "llvmlite")}
-OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear")
+OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear", "fused_mlp", "reward_head")
 
 
 def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,26 +31,22 @@ TL_DTYPE = {
 
 
 @triton.jit
-def _finish(acc, scale, bias_ptr, row_scale, n, n_mask, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+def finish(acc, scale, bias_ptr, row_scale, n, n_mask, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
     """The epilogue: acc, scale, n broadcast against each other; row_scale None or the scale of int8 rows."""
-    y = acc.to(tl.float32) * (scale if row_scale is None else scale * row_scale)
+    y = acc.to(tl.float32)
+    if scale is not None:
+        y *= scale if row_scale is None else scale * row_scale
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n_mask, other=0.0)
     return activate(y, ACTIVATION, PARAMETER)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _int8_linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, M, N, K, x_stride,
-    ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, COMPUTE: tl.constexpr, EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def tile_sums(
+    x_ptr, weight_ptr, M, N, K, x_stride, m, n, first, steps,
+    COMPUTE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # neighbouring programs share their rows and walk over the outputs: rows are read from memory once
-    n_tiles = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
-    first = tl.program_id(1) * steps * BLOCK_K
+    """weight[n] @ x[m]^T over ``steps`` tiles of inputs from ``first`` on: [BLOCK_N, BLOCK_M]."""
     k = tl.arange(0, BLOCK_K)
 
     # rows and outputs past the end repeat the last one and are not stored: no mask inside the loop
@@ -67,7 +63,24 @@ def _int8_linear_kernel(
         acc = tl.dot(w.to(COMPUTE), x.to(COMPUTE), acc, input_precision="tf32", out_dtype=acc.dtype)
         w_tile += BLOCK_K
         x_tile += BLOCK_K
+    return acc
 
+
+@triton.jit(do_not_specialize=["M"])
+def _int8_linear_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, M, N, K, x_stride,
+    ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, COMPUTE: tl.constexpr, EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # neighbouring programs share their rows and walk over the outputs: rows are read from memory once
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    first = tl.program_id(1) * steps * BLOCK_K
+    acc = tile_sums(
+        x_ptr, weight_ptr, M, N, K, x_stride, m, n, first, steps, COMPUTE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     y_tile = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT_K == 1:
@@ -75,7 +88,7 @@ def _int8_linear_kernel(
         row_scale = None
         if row_scale_ptr is not None:
             row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
-        acc = _finish(acc, scale, bias_ptr, row_scale, n[:, None], (n < N)[:, None], ACTIVATION, PARAMETER)
+        acc = finish(acc, scale, bias_ptr, row_scale, n[:, None], (n < N)[:, None], ACTIVATION, PARAMETER)
     else:
         y_tile += tl.program_id(1).to(tl.int64) * M * N
     tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -97,19 +110,16 @@ def _sum_splits_kernel(
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + m)
     scale = tl.load(scale_ptr + n, mask=inside, other=0.0)
-    y = _finish(acc, scale, bias_ptr, row_scale, n, inside, ACTIVATION, PARAMETER)
+    y = finish(acc, scale, bias_ptr, row_scale, n, inside, ACTIVATION, PARAMETER)
     tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _int8_gemv_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, M, N, K, x_stride,
-    ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, COMPUTE: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def row_sums(
+    x_ptr, weight_ptr, N, K, x_stride, m, n,
+    COMPUTE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # one program: BLOCK_N outputs of one row; the programs of a tile's rows are neighbours and share it in the cache
-    m = (tl.program_id(0) % M).to(tl.int64)
-    n = (tl.program_id(0) // M) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """weight[n] @ x[m] for one row m, without a tensor core: [BLOCK_N]."""
     k = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + m * x_stride + k
     w_tile = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
@@ -124,11 +134,24 @@ def _int8_gemv_kernel(
         acc += w.to(SUM) * x.to(COMPUTE).to(SUM)[None, :]
         w_tile += BLOCK_K
         x_tile += BLOCK_K
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int8_gemv_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, M, N, K, x_stride,
+    ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, COMPUTE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # one program: BLOCK_N outputs of one row; the programs of a tile's rows are neighbours and share it in the cache
+    m = (tl.program_id(0) % M).to(tl.int64)
+    n = (tl.program_id(0) // M) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = row_sums(x_ptr, weight_ptr, N, K, x_stride, m, n, COMPUTE, EVEN_K, BLOCK_N, BLOCK_K)
     row_scale = None
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + m)
     scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
-    y = _finish(tl.sum(acc, axis=1), scale, bias_ptr, row_scale, n, n < N, ACTIVATION, PARAMETER)
+    y = finish(sums, scale, bias_ptr, row_scale, n, n < N, ACTIVATION, PARAMETER)
     tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
