@@ -16,6 +16,9 @@
 whose input is not rounded at all. Default: the inputs' dtype where all are fp16 or all bf16, else that of 16-bit
 weights, else float16. float16 rounds by 2^-11, and what passes 65504, an input or an activation, becomes inf and stays
 visible; bfloat16 has fp32's range and rounds by 2^-8; float32 is tf32 on a GPU's tensor cores, 2^-10, exact on a CPU.
+int8, for int8 weights, rounds every row anew before each hidden layer by ``quantize_rows``; the sums are exact int32:
+
+    h = act(norm((q @ weight^T) * (row_scale * scale) + bias))      a row that holds an inf or a NaN becomes NaN
 """
 
 from typing import Any
@@ -26,7 +29,9 @@ from torch import Tensor
 
 from . import activations
 from .checks import FLOATS, dense_rows
+from .int8_dynamic_linear import int8_matmul_reference
 from .mlp_layout import Layer, Linear, check_sizes, layout, parse_layers, unpack
+from .quantize import quantize_rows_reference
 from .registration import register
 
 INTEGERS = (torch.int8, torch.uint8)
@@ -53,22 +58,33 @@ def new_output(inputs: list[Tensor], layers: str, members: int | None, reduce: s
     return inputs[0].new_empty(shape, dtype=dtype or torch.float32)
 
 
-def joined(inputs: list[Tensor], input_scales: Tensor | None) -> Tensor:
-    """The inputs as numbers, side by side: [M, K] fp32."""
-    rows = []
+def numbers(inputs: list[Tensor], input_scales: Tensor | None) -> list[Tensor]:
+    """The inputs as fp32."""
+    found = []
     for i, x in enumerate(inputs):
-        row = dense_rows(x).float()
+        row = x.float()
         if x.dtype in INTEGERS and input_scales is not None:
             row = (row - input_scales[i, 1]) * input_scales[i, 0]
-        rows.append(row)
-    return torch.cat(rows, 1)
+        found.append(row)
+    return found
+
+
+def joined(inputs: list[Tensor], input_scales: Tensor | None) -> Tensor:
+    """The inputs as numbers, side by side: [M, K] fp32."""
+    return torch.cat([dense_rows(x) for x in numbers(inputs, input_scales)], 1)
 
 
 def _hidden(h: Tensor, layer: Layer, tensors: Linear, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """A hidden layer before its LayerNorm, and before its activation."""
-    z = h.to(compute).float() @ tensors.weight.to(compute).float().t()
-    if tensors.scale is not None:
-        z = z * tensors.scale
+    scale = tensors.scale
+    if compute == torch.int8 and scale is not None:
+        q, row_scale = torch.empty_like(h, dtype=torch.int8), h.new_empty(h.shape[0])
+        quantize_rows_reference(h, None, q, row_scale)
+        z, scale = int8_matmul_reference(q, tensors.weight).float(), row_scale[:, None] * scale
+    else:
+        z = h.to(compute).float() @ tensors.weight.to(compute).float().t()
+    if scale is not None:
+        z = z * scale
     z = z + tensors.bias
     if layer.eps is None:
         return z, z
@@ -153,8 +169,10 @@ def _check(
         raise ValueError(f"fused_mlp: reduce is {reduce!r}; it must be 'none' or 'mean_std'")
     if reduce == "mean_std" and members is None:
         raise ValueError("fused_mlp: reduce is 'mean_std', but members is None")
-    if compute_dtype is not None and compute_dtype not in FLOATS:
-        raise TypeError(f"fused_mlp: compute_dtype is {compute_dtype}; it must be float32, float16 or bfloat16")
+    if compute_dtype is not None and compute_dtype not in (*FLOATS, torch.int8):
+        raise TypeError(f"fused_mlp: compute_dtype is {compute_dtype}; it must be float32, float16, bfloat16 or int8")
+    if compute_dtype == torch.int8 and weights.dtype != torch.int8:
+        raise TypeError(f"fused_mlp: compute_dtype is torch.int8, but weights is {weights.dtype}")
     check_sizes("fused_mlp", weights, params, net, members or 1)
 
 

@@ -23,27 +23,29 @@ _tracing = torch._C._get_tracing_state
 
 
 def nobody_listens(x: Any) -> bool:
-    """Whether a call on ``x`` is eager, without gradients, and seen by no mode, transform or tracer."""
-    return (
-        type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not _modes()
-        and _transforms() is None
-        and _tracing() is None
-    )
+    """Whether a call on ``x``, a tensor or a list, is eager, without gradients, seen by no mode, transform or tracer."""
+    for tensor in x if type(x) is list else (x,):
+        if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+    return not _modes() and _transforms() is None and _tracing() is None
 
 
 def register(
     schema: str, *, reference: Function, check: Function, fake: Function, setup_context: Function, backward: Function
 ) -> Function:
-    """Define ``rewardzip::<schema>``: checks, a kernel per device (the reference elsewhere), shape rule, gradient."""
+    """Define ``rewardzip::<schema>``: checks, a kernel per device (the reference elsewhere), shape rule, gradient.
+
+    A kernel with the attribute ``checks`` calls ``check`` itself, where it has not seen the like before.
+    """
     name = schema.partition("(")[0]
     library.define(schema)
 
     def kernel(device: str) -> Function:
         def run(*args: Any) -> Any:
-            check(*args)
-            return implementation(device, name, reference)(*args)
+            function = implementation(device, name, reference)
+            if not getattr(function, "checks", False):
+                check(*args)
+            return function(*args)
 
         return run
 
@@ -62,6 +64,8 @@ def register(
         x = args[0]
         if torch.compiler.is_compiling() or not nobody_listens(x):
             return op(*args)
+        if type(x) is list:
+            x = x[0] if x else args[1]
         if x.is_cuda:
             return gpu(*args)
         return cpu(*args) if x.is_cpu else op(*args)

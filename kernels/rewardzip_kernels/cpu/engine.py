@@ -33,13 +33,13 @@ _lock = threading.Lock()
 _kernels: dict[tuple[str, ...], Any] = {}
 _kept_alive: list[Any] = []
 
-_TYPES = {"i": types.int64, "f": types.float32}
+_TYPES = {"i": types.int64, "f": types.float32, "b": types.int64}
 
 
 def kernel(key: tuple[str, ...], build: Build) -> Any:
     """The compiled kernel of this key; None, with one warning, where it cannot be compiled.
 
-    ``build`` gives the Python function and a letter per argument: i for int64, f for float32.
+    ``build`` gives the Python function and a letter per argument: i for int64, f for float32, b for bytes.
     """
     try:
         return _kernels[key]

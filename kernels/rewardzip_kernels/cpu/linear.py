@@ -28,7 +28,7 @@ BLOCK = 48
 
 def build(kind: Int8 | Float, activation: str):
     """The kernel's Python and its argument letters."""
-    take, compute, item = take_rows(kind), sweep(kind, activation), kind.item
+    take, compute, item = take_rows(kind), sweep(kind, (activation,)), kind.item
     sums_memory = stack(types.int32, kind.rows * PANEL)
 
     def linear(
@@ -42,7 +42,7 @@ def build(kind: Int8 | Float, activation: str):
             take(x + begin * stride * 4, stride, rows, k, static, taken, row_bytes, scratch)
             y_at = y + begin * n * 4
             compute(
-                layer, scale, bias, parameter, rows, taken, row_bytes, scratch, y_at, n, first_panel, last_panel, sums
+                layer, scale, bias, 0, parameter, rows, taken, row_bytes, scratch, y_at, n, first_panel, last_panel, sums
             )  # fmt: skip
 
     return linear, "iiiifiiiiiiii"

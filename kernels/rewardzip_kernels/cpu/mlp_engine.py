@@ -1,27 +1,33 @@
-"""A whole MLP in one call: blocks of 48 rows pass through all layers while they are in cache.
+"""A whole MLP, or an ensemble, in one call: blocks of 48 rows pass through all layers while they are in cache.
 
-    h = x     per hidden layer: h = act(q(h) @ weight^T * row_scale * scale + bias)     y = act(h @ last^T + last_bias)
+    h = x     per hidden layer: h = act(norm(q(h) @ weight^T * row_scale * scale + bias))     y = act(h @ last^T + bias)
 
-``Int8`` quantises every row anew before each hidden layer, ``Float`` keeps it fp32; the last layer is fp32 in both.
+``Int8`` quantises every row anew before each hidden layer, ``Float`` keeps it fp32 or rounds it to 16 bits; the last
+layer is fp32 in both.
 
-    net     int64: hidden layers, outputs, last weight [outputs, padded], last bias, then per hidden layer
-            the address of its packed header, of its scale, of its bias (0: none)
-    scratch row scales, the rows as the tile reads them, the rows as fp32, both as wide as the widest layer
+    net     int64: a header (HEADER), the width and position of each input in a row, then per member its last layer
+            (LAST) and its hidden layers (HIDDEN); parameters are the bits of an fp32, a missing LayerNorm is gamma 0
+    inputs  int64 per input: address, row stride in values
+    scratch row scales, the rows as the tile reads them, the rows as fp32, both as wide as the widest layer, and with
+            a mean and deviation the outputs of every member
 """
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy import float32, sqrt
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, inlined
 from .linear import BLOCK
 from .pointers import f32, i64, load, stack, store
 from .rows import take_rows
-from .sweep import sweep
+from .sweep import finishing, sweep
 from .tile import PANEL, Float, Int8
 
-FIELDS = 4
+HEADER = ("hidden", "outputs", "widest", "inputs", "columns", "members", "mean_std", "ones", "member_size")
+LAST = ("weight", "bias", "parameter")
+HIDDEN = ("packed", "scale", "bias", "code", "parameter", "gamma", "beta", "eps")
 
 
 @intrinsic
@@ -48,39 +54,107 @@ def dot(typing_context, a, b, vectors):
     return types.float32(types.int64, types.int64, types.int64), emit
 
 
-def build(kind: Int8 | Float, hidden: str, last: str):
-    """The kernel's Python and its argument letters: one activation for the hidden layers, one for the last."""
-    take, compute, item, activate = take_rows(kind), sweep(kind, hidden), kind.item, ACTIVATIONS[last]
-    sums_memory = stack(types.int32, kind.rows * PANEL)
+@inlined
+def gather(net, inputs, begin, rows, y, y_stride, columns):
+    """Each row's inputs side by side, zeros between them and up to ``columns``."""
+    for r in range(rows):
+        row = f32(y + r * y_stride * 4)
+        for j in range(columns):
+            store(row, j, float32(0))
+        for i in range(load(i64(net), 3)):
+            width, position = load(i64(net), len(HEADER) + 2 * i), load(i64(net), len(HEADER) + 2 * i + 1)
+            x = f32(load(i64(inputs), 2 * i) + (begin + r) * load(i64(inputs), 2 * i + 1) * 4)
+            for j in range(width):
+                store(row, position + j, load(x, j))
 
-    def mlp(net, widest, hidden_parameter, last_parameter, scratch, x, stride, m, y):
-        layers, outputs, last_weight, last_bias = (
-            load(i64(net), 0), load(i64(net), 1), load(i64(net), 2), load(i64(net), 3),
+
+@inlined
+def statistics(ys, members, count, mean_at, deviation_at):
+    """Over the members: their mean, and their standard deviation over E - 1."""
+    for i in range(count):
+        total, squares = float32(0), float32(0)
+        for e in range(members):
+            total += load(f32(ys), e * count + i)
+        mean = total / float32(members)
+        for e in range(members):
+            distance = load(f32(ys), e * count + i) - mean
+            squares += distance * distance
+        store(f32(mean_at), i, mean)
+        store(f32(deviation_at), i, sqrt(squares / float32(members - 1)))
+
+
+def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
+    """The kernel's Python and its argument letters, for hidden layers of these activations; "none" first."""
+    take, compute, item, activate = take_rows(kind), sweep(kind, hidden), kind.item, ACTIVATIONS[last]
+    finish = finishing(f32, hidden)
+    sums_memory = stack(types.int32, kind.rows * PANEL)
+    header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
+
+    @inlined
+    def normalise(layer, h, stride, rows, width, ones, scales):
+        code, parameter = load(i64(layer), 3), load(f32(layer + 32), 0)
+        gamma, beta, eps = load(i64(layer), 5), load(i64(layer), 6), load(f32(layer + 56), 0)
+        vectors = (width + 15) // 16
+        for r in range(rows):
+            row = h + r * stride * 4
+            for j in range(width, vectors * 16):
+                store(f32(row), j, float32(0))
+            mean = dot(row, ones, vectors) / float32(width)
+            for j in range(width):
+                store(f32(row), j, load(f32(row), j) - mean)
+            variance = dot(row, row, vectors) / float32(width)
+            store(f32(scales), 0, float32(1) / sqrt(variance + eps))
+            finish(code, row, 1, width, f32(scales), f32(gamma), f32(beta), row, stride, parameter)
+
+    def mlp(net, scratch, inputs, first, last_row, m, y):
+        layers, outputs, widest, count, columns, members, mean_std, ones, member_size = (
+            load(i64(net), 0), load(i64(net), 1), load(i64(net), 2), load(i64(net), 3), load(i64(net), 4),
+            load(i64(net), 5), load(i64(net), 6), load(i64(net), 7), load(i64(net), 8),
         )  # fmt: skip
         taken, sums = scratch + BLOCK * 4, sums_memory()
         h = taken + BLOCK * widest * item
-        for begin in range(0, m, BLOCK):
-            rows = min(BLOCK, m - begin)
-            source, source_stride = x + begin * stride * 4, stride
-            width = 0
-            for i in range(layers):
-                field = FIELDS + 3 * i
-                layer, scale, bias = load(i64(net), field), load(i64(net), field + 1), load(i64(net), field + 2)
-                n, k = load(i64(layer), 3), load(i64(layer), 4)
-                row_bytes = (k + 3) // 4 * 4 * item
-                take(source, source_stride, rows, k, 0, taken, row_bytes, scratch)
-                panels = (n + PANEL - 1) // PANEL
-                compute(
-                    layer, scale, bias, hidden_parameter, rows, taken, row_bytes, scratch, h, widest, 0, panels, sums
-                )  # fmt: skip
-                source, source_stride, width = h, widest, n
-            vectors = (width + 15) // 16
-            for r in range(rows):
-                row = h + r * widest * 4
-                for j in range(width, vectors * 16):
-                    store(f32(row), j, 0.0)
-                for o in range(outputs):
-                    value = dot(row, last_weight + o * vectors * 64, vectors) + load(f32(last_bias), o)
-                    store(f32(y), (begin + r) * outputs + o, activate(value, last_parameter))
+        ys = h + BLOCK * widest * 4
+        for begin in range(first, last_row, BLOCK):
+            rows = min(BLOCK, last_row - begin)
+            for e in range(members):
+                member = net + (header + 2 * count + e * member_size) * 8
+                width = columns
+                if count == 1 and layers > 0:
+                    source_stride = load(i64(inputs), 1)
+                    source = load(i64(inputs), 0) + begin * source_stride * 4
+                else:
+                    source, source_stride = h, widest
+                    gather(net, inputs, begin, rows, h, widest, columns)
+                for i in range(layers):
+                    layer = member + (last_fields + fields * i) * 8
+                    packed, scale, bias, gamma = (
+                        load(i64(layer), 0), load(i64(layer), 1), load(i64(layer), 2), load(i64(layer), 5),
+                    )  # fmt: skip
+                    code = 0 if gamma else load(i64(layer), 3)
+                    n, k = load(i64(packed), 3), load(i64(packed), 4)
+                    row_bytes = (k + 3) // 4 * 4 * item
+                    take(source, source_stride, rows, k, 0, taken, row_bytes, scratch)
+                    compute(
+                        packed, scale, bias, code, load(f32(layer + 32), 0), rows, taken, row_bytes, scratch, h, widest,
+                        0, (n + PANEL - 1) // PANEL, sums,
+                    )  # fmt: skip
+                    if gamma:
+                        normalise(layer, h, widest, rows, n, ones, scratch)
+                    source, source_stride, width = h, widest, n
+                vectors = (width + 15) // 16
+                weight, last_bias, parameter = load(i64(member), 0), load(i64(member), 1), load(f32(member + 16), 0)
+                if mean_std:
+                    out = ys + e * rows * outputs * 4
+                else:
+                    out = y + (e * m + begin) * outputs * 4
+                for r in range(rows):
+                    row = h + r * widest * 4
+                    for j in range(width, vectors * 16):
+                        store(f32(row), j, float32(0))
+                    for o in range(outputs):
+                        value = dot(row, weight + o * vectors * 64, vectors) + load(f32(last_bias), o)
+                        store(f32(out), r * outputs + o, activate(value, parameter))
+            if mean_std:
+                statistics(ys, members, rows * outputs, y + begin * outputs * 4, y + (m + begin) * outputs * 4)
 
-    return mlp, "iiffiiiii"
+    return mlp, "iibiiii"

@@ -1,14 +1,14 @@
-"""How a kernel takes in rows: quantised to bytes, or copied as fp32. Both pad a row to a multiple of 4."""
+"""How a kernel takes in rows: quantised to bytes, or as fp32, rounded or not. All pad a row to a multiple of 4."""
 
 from numpy import float32, int32, rint, uint8
 
 from ..quantize import QMAX, TINY
-from .activations import inlined
+from .activations import INFINITY, inlined
 from .pointers import f32, from_bits, load, magnitude, store, u8
 from .tile import Int8
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
-INFINITE = int32(0x7F800000)
+INFINITE, SMALLEST_FLOAT16 = int32(0x7F800000), int32(0x38800000)
 
 
 def quantize(zero_point):
@@ -41,18 +41,49 @@ def quantize(zero_point):
 
 
 @inlined
-def copy(x_address, k, padded, _, copy_address):
-    x, y = f32(x_address), f32(copy_address)
-    for i in range(k):
-        store(y, i, load(x, i))
-    for i in range(k, padded):
-        store(y, i, float32(0))
-    return float32(1)
+def as_it_is(x):
+    return x
+
+
+@inlined
+def to_float16(x):
+    """To the nearest fp16, ties to even; below its smallest normal number, to a multiple of 2^-24."""
+    bits = magnitude(x)
+    y = from_bits((bits + int32(0xFFF) + (bits >> int32(13) & int32(1))) & ~int32(0x1FFF))
+    y = (from_bits(bits) + float32(0.5)) - float32(0.5) if bits < SMALLEST_FLOAT16 else y
+    y = INFINITY if y > float32(65504) else y
+    y = -y if x < float32(0) else y
+    return y if x == x else x
+
+
+@inlined
+def to_bfloat16(x):
+    bits = magnitude(x)
+    y = from_bits((bits + int32(0x7FFF) + (bits >> int32(16) & int32(1))) & ~int32(0xFFFF))
+    y = -y if x < float32(0) else y
+    return y if x == x else x
+
+
+ROUNDINGS = {"float32": as_it_is, "float16": to_float16, "bfloat16": to_bfloat16}
+
+
+def copy(rounded):
+    @inlined
+    def fill(x_address, k, padded, _, copy_address):
+        x, y = f32(x_address), f32(copy_address)
+        for i in range(k):
+            store(y, i, rounded(load(x, i)))
+        for i in range(k, padded):
+            store(y, i, float32(0))
+        return float32(1)
+
+    return fill
 
 
 def take_rows(kind):
     """Rows of fp32, ``stride`` apart, to what the tile of this kind reads, with a scale for each row."""
-    fill, item = (quantize(kind.isa.zero_point), 1) if isinstance(kind, Int8) else (copy, 4)
+    fill = quantize(kind.isa.zero_point) if isinstance(kind, Int8) else copy(ROUNDINGS[kind.rows_dtype])
+    item = kind.item
 
     @inlined
     def take(x, stride, rows, k, static, taken, row_bytes, scales):

@@ -12,16 +12,12 @@ from .pointers import f32, i32, i64, load, store
 from .tile import PANEL, Float, Int8, tile
 
 
-def sweep(kind: Int8 | Float, activation: str):
-    """The sweep as a function for kernels."""
-    activate, pointer = ACTIVATIONS[activation], f32 if isinstance(kind, Float) else i32
-    start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
-    lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.rows, kind.rows // 2
-    tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
-    thin = tile(kind, tall_rows, 1)
+def finishing(pointer, names: tuple[str, ...]):
+    """The epilogue as a function for kernels; ``code`` says which of the activations it is at run time."""
+    activate = ACTIVATIONS[names[0]]
 
     @inlined
-    def finish(sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter):
+    def finish(code, sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter):
         for r in range(rows):
             sums, y = pointer(sums_address + r * PANEL * 4), f32(y_address + r * y_stride * 4)
             row_scale = load(scales, r)
@@ -29,9 +25,31 @@ def sweep(kind: Int8 | Float, activation: str):
                 value = float32(load(sums, j)) * (row_scale * load(scale, j)) + load(bias, j)
                 store(y, j, activate(value, parameter))
 
+    if len(names) == 1:
+        return finish
+    others = finishing(pointer, names[1:])
+
+    @inlined
+    def select(code, sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter):
+        if code == 0:
+            finish(code, sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter)
+        else:
+            others(code - 1, sums_address, rows, width, scales, scale, bias, y_address, y_stride, parameter)
+
+    return select
+
+
+def sweep(kind: Int8 | Float, names: tuple[str, ...]):
+    """The sweep as a function for kernels, for these activations."""
+    finish = finishing(f32 if isinstance(kind, Float) else i32, names)
+    start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
+    lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.rows, kind.rows // 2
+    tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
+    thin = tile(kind, tall_rows, 1)
+
     @inlined
     def run(
-        layer, scale, bias, parameter, rows, taken, row_bytes, scales, y, y_stride, first_panel, last_panel, sums
+        layer, scale, bias, code, parameter, rows, taken, row_bytes, scales, y, y_stride, first_panel, last_panel, sums
     ):  # fmt: skip
         header = i64(layer)
         panels, start, zeros = load(header, 0), load(header, start_field), load(header, 2)
@@ -59,9 +77,9 @@ def sweep(kind: Int8 | Float, activation: str):
                     now = 1
                 y_at, scales_at = y + (done * y_stride + column) * 4, f32(scales + done * 4)
                 if width == PANEL:
-                    finish(sums, now, PANEL, scales_at, scale_at, bias_at, y_at, y_stride, parameter)
+                    finish(code, sums, now, PANEL, scales_at, scale_at, bias_at, y_at, y_stride, parameter)
                 else:
-                    finish(sums, now, width, scales_at, scale_at, bias_at, y_at, y_stride, parameter)
+                    finish(code, sums, now, width, scales_at, scale_at, bias_at, y_at, y_stride, parameter)
                 done += now
 
     return run

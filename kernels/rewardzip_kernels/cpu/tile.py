@@ -51,7 +51,7 @@ class Int8:
 class Float:
     """fp32 rows times int8 weights made fp32 in registers; a step is four parts, or the registers would not do."""
 
-    item, element, parts = 4, F32, 4
+    item, element, parts, rows_dtype = 4, F32, 4, "float32"
     parallel_work = 1 << 23
 
     def __init__(self, isa: InstructionSet):
@@ -68,6 +68,18 @@ class Float:
         function_type = ir.FunctionType(acc.type, [acc.type] * 3)
         name = f"llvm.fmuladd.v{self.isa.lanes}f32"
         return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [x, w, acc])
+
+
+class Float16(Float):
+    """Rows rounded to fp16 first."""
+
+    rows_dtype = "float16"
+
+
+class BFloat16(Float):
+    """Rows rounded to bf16 first."""
+
+    rows_dtype = "bfloat16"
 
 
 def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import dense_rows
-from ..fused_mlp import compute_type, new_output
+from ..fused_mlp import compute_type, fused_mlp_reference, new_output
 from ..mlp_layout import Layout, layout
 from .int8_linear import TL_DTYPE
 from .launch import aligned, launch
@@ -185,6 +185,8 @@ def fused_mlp(
     compute_dtype: torch.dtype | None = None,
     input_scales: Tensor | None = None,
 ) -> Tensor:
+    if compute_dtype == torch.int8:
+        return fused_mlp_reference(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
     y = new_output(inputs, layers, members, reduce)
     xs = tuple(dense_rows(x) for x in inputs)
     m = xs[0].shape[0]

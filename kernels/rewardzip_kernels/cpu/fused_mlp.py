@@ -1,0 +1,217 @@
+"""fused_mlp on a CPU: ``mlp_engine.py`` for int8 weights; the reference for 16-bit ones.
+
+What does not depend on this call's addresses is kept per weights tensor: the packed weights, the table that the kernel
+reads, the kernel, the shapes already checked. ``params`` is read where it lies; a change of ``weights`` packs anew,
+noticed as in ``packing.py``.
+"""
+
+import struct
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import dense_rows
+from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
+from ..mlp_layout import Layout, Linear, layout, padded, unpack
+from . import threads
+from .engine import kernel
+from .instruction_sets import choose
+from .linear import BLOCK
+from .mlp_engine import HEADER, HIDDEN, LAST, build
+from .packing import Packed
+from .tile import PANEL, BFloat16, Float, Float16, Int8
+
+KINDS: dict[torch.dtype, Any] = {
+    torch.int8: Int8,
+    torch.float32: Float,
+    torch.float16: Float16,
+    torch.bfloat16: BFloat16,
+}
+SHAPES_KEPT = 256
+FLOAT, CPU, empty = torch.float32, torch.device("cpu"), torch.empty
+
+_plans: dict[tuple[Any, ...], "Plan"] = {}
+
+
+@lru_cache(maxsize=256)
+def prepare(kind: Any, hidden: tuple[str, ...], last: str, isa: str | None) -> Any:
+    """The compiled kernel, or None."""
+    chosen = choose(isa)
+    key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last)
+    return kernel(key, lambda: build(kind(chosen), hidden, last))
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("i", struct.pack("f", value))[0])
+
+
+class Plan:
+    """All that calls on the same weights share; ``run`` is None where the kernel cannot be compiled."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        params: Tensor,
+        layers: str,
+        members: int | None,
+        reduce: str,
+        compute: torch.dtype,
+        isa: str | None,
+        gone: Callable[[Any], None],
+    ):
+        flat = layout(layers, True)
+        net = flat.layers
+        self.kind, count = KINDS[compute], members or 1
+        # "none" stands first: what comes before a LayerNorm
+        names = tuple(dict.fromkeys(layer.activation for layer in net[:-1])) or ("none",)
+        if any(layer.eps is not None for layer in net):
+            names = tuple(dict.fromkeys(("none", *names)))
+        self.run = prepare(self.kind, names, net[-1].activation, isa)
+        self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
+        self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
+        self.version = None if weights.is_inference() else weights._version
+        self.copy = weights.clone() if weights.is_inference() else None
+        self.pieces = net[0].pieces
+        self.leading = () if members is None else (count if reduce == "none" else 2,)
+        self.outputs = net[-1].width
+        self.work = count * sum(layer.width * sum(layer.pieces) for layer in net)
+        self.shapes: dict[Any, tuple[int, tuple[int, ...]]] = {}
+        self.address = struct.Struct("qq" * len(self.pieces)).pack
+        self._table(unpack(weights, params, layers, count), flat, names, reduce)
+
+    def _table(self, networks: list[list[Linear]], flat: Layout, names: tuple[str, ...], reduce: str) -> None:
+        """Write what the kernel reads."""
+        # the last layer's rows are stored with each input on a multiple of 16, the packed ones without gaps
+        net = flat.layers
+        spread = padded if len(net) == 1 else int
+        columns = sum(map(spread, self.pieces))
+        widest = -(-max(columns, *(layer.width for layer in net)) // PANEL) * PANEL
+        self.ones = torch.ones(widest)
+        self.packed = [[Packed(t.weight, lambda _: None) for t in member[:-1]] for member in networks]
+        fields = len(LAST) + len(HIDDEN) * (len(net) - 1)
+        table = [
+            *(len(net) - 1, self.outputs, widest, len(self.pieces), columns, len(networks)),
+            *(int(reduce == "mean_std"), self.ones.data_ptr(), fields),
+        ]
+        start = 0
+        for piece in self.pieces:
+            table += piece, start
+            start += spread(piece)
+        for e, member in enumerate(self.packed):
+
+            def at(place: int | None, first: int = self.params_at + 4 * e * flat.params) -> int:
+                return 0 if place is None else first + 4 * place
+
+            table += at(net[-1].weight), at(net[-1].bias), _bits(net[-1].parameter)
+            for layer, weight in zip(net, member, strict=False):
+                table += weight.address, at(layer.scale), at(layer.bias), names.index(layer.activation)
+                table += _bits(layer.parameter), at(layer.gamma), at(layer.beta), _bits(layer.eps or 0.0)
+        self.table = torch.tensor(table, dtype=torch.int64)
+        self.table_at = self.table.data_ptr()
+        rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
+        self.scratch = BLOCK * rows
+
+    def holds(self, weights: Tensor, params: Tensor) -> bool:
+        if self.weights() is not weights or self.params() is not params:
+            return False
+        if self.weights_at != weights.data_ptr() or self.params_at != params.data_ptr():
+            return False
+        if self.copy is not None:
+            return torch.equal(weights, self.copy)
+        return self.version == weights._version
+
+
+def _plan(
+    weights: Tensor, params: Tensor, layers: str, members: int | None, reduce: str, compute: Any, isa: str | None
+) -> Plan:
+    key = (id(weights), layers, members, reduce, compute, isa)
+
+    def gone(reference: Any) -> None:
+        now = _plans.get(key)
+        if now is not None and reference in (now.weights, now.params):
+            del _plans[key]
+
+    with torch.no_grad():
+        _plans[key] = new = Plan(weights, params, layers, members, reduce, compute or torch.float16, isa, gone)
+    return new
+
+
+def fused_mlp(
+    inputs: list[Tensor],
+    weights: Tensor,
+    params: Tensor,
+    layers: str,
+    members: int | None = None,
+    reduce: str = "none",
+    compute_dtype: torch.dtype | None = None,
+    input_scales: Tensor | None = None,
+    isa: str | None = None,
+) -> Tensor:
+    plan = _plans.get((id(weights), layers, members, reduce, compute_dtype, isa))
+    shapes: Any = inputs[0].shape if len(inputs) == 1 else tuple([x.shape for x in inputs])
+    if plan is None or input_scales is not None or not plan.holds(weights, params) or shapes not in plan.shapes:
+        return _unseen(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales, isa)
+    m, shape = plan.shapes[shapes]
+    addresses: list[int] = []
+    copies = []
+    for x, width in zip(inputs, plan.pieces, strict=True):
+        if x.dtype is not FLOAT or not x.is_cpu:
+            return _unseen(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales, isa)
+        if x.is_contiguous():
+            addresses += x.data_ptr(), width
+        else:
+            copies.append(x := dense_rows(x))
+            addresses += x.data_ptr(), x.stride(0)
+    y = empty(shape, dtype=FLOAT, device=CPU)
+    run, table, at, y_at = plan.run, plan.table_at, plan.address(*addresses), y.data_ptr()
+    if m * plan.work < plan.kind.parallel_work or torch.get_num_threads() == 1 or m <= BLOCK:
+        run(table, threads.scratch(plan.scratch), at, 0, m, m, y_at)
+        return y
+
+    def some_rows(start: int, stop: int) -> None:
+        run(table, threads.scratch(plan.scratch), at, start, stop, m, y_at)
+
+    threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+    return y
+
+
+def _unseen(
+    inputs: list[Tensor],
+    weights: Tensor,
+    params: Tensor,
+    layers: str,
+    members: int | None,
+    reduce: str,
+    compute_dtype: torch.dtype | None,
+    input_scales: Tensor | None,
+    isa: str | None,
+) -> Tensor:
+    """A call that needs its checks, a plan, or its inputs made fp32."""
+    _check(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
+    if weights.dtype != torch.int8:
+        return fused_mlp_reference(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
+    if input_scales is not None or any(x.dtype != FLOAT for x in inputs):
+        compute = compute_type(inputs, weights, compute_dtype)
+        y = fused_mlp(numbers(inputs, input_scales), weights, params, layers, members, reduce, compute, None, isa)
+        return y.to(new_output(inputs, layers, members, reduce).dtype)
+    plan = _plans.get((id(weights), layers, members, reduce, compute_dtype, isa))
+    if plan is None or not plan.holds(weights, params):
+        plan = _plan(weights, params, layers, members, reduce, compute_dtype, isa)
+    if plan.run is None:
+        return fused_mlp_reference(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
+    if len(plan.shapes) == SHAPES_KEPT:
+        plan.shapes.clear()
+    leading = inputs[0].shape[:-1]
+    plan.shapes[tuple(x.shape for x in inputs) if len(inputs) > 1 else inputs[0].shape] = (
+        leading.numel(),
+        (*plan.leading, *leading, plan.outputs),
+    )
+    return fused_mlp(inputs, weights, params, layers, members, reduce, compute_dtype, None, isa)
+
+
+# the op has seen to nothing
+fused_mlp.checks = True  # type: ignore[attr-defined]
