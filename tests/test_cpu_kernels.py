@@ -1,7 +1,6 @@
 """The Numba kernels against their references: same integers, same bound, every instruction set at hand."""
 
 import gc
-import itertools
 import os
 import signal
 import subprocess
@@ -14,13 +13,11 @@ import torch
 from numerics import assert_dynamic, assert_linear
 
 from rewardzip_kernels import activations as reference_activations
-from rewardzip_kernels.cpu import engine, threads
+from rewardzip_kernels.cpu import engine
 from rewardzip_kernels.cpu.instruction_sets import INSTRUCTION_SETS, available, choose
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.cpu.int8_linear import int8_linear
-from rewardzip_kernels.cpu.linear import BLOCK
-from rewardzip_kernels.cpu.mlp_engine import build as build_mlp
-from rewardzip_kernels.cpu.packing import _kept, packed
+from rewardzip_kernels.cpu.packing import _kept
 from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
 from rewardzip_kernels.cpu.quantize_rows import quantize_rows
 from rewardzip_kernels.cpu.tile import Float, Int8
@@ -243,39 +240,6 @@ def test_rows_stand_alone(function, m, n, k, monkeypatch):
     torch.set_num_threads(1)
     for rows in (slice(0, 1), slice(1, 4), slice(m // 3, m)):
         assert torch.equal(function(x[rows], weight, scale, bias, "tanh"), together[rows])
-
-
-@pytest.mark.parametrize("kind", [Int8, Float])
-@pytest.mark.parametrize(
-    ("m", "sizes"),
-    [
-        (1, (24, 64, 64, 1)),  # one row, aligned
-        (55, (23, 70, 1)),  # more than a block of rows, tails everywhere
-        (100, (5, 33, 130, 8, 3)),  # wider and narrower layers, several outputs
-        (0, (4, 8, 2)),  # no rows
-    ],
-)
-@pytest.mark.parametrize("isa", sorted({available()[0], "portable"}))
-def test_mlp_is_its_layers(kind, m, sizes, isa):
-    """Rows that pass through all layers in one call: bit for bit what the layers give one by one, then an fp32 dot."""
-    pairs = list(itertools.pairwise(sizes))
-    layers = [layer(m, n, k, seed=k)[1:] for k, n in pairs[:-1]]
-    last, last_bias = torch.randn(sizes[-1], sizes[-2]), torch.randn(sizes[-1])
-    x = torch.randn(m, sizes[0])
-    run = engine.kernel(("mlp", kind.__name__, isa, "relu"), lambda: build_mlp(kind(choose(isa)), "relu", "none"))
-    padded = torch.nn.functional.pad(last, (0, -sizes[-2] % 16)).contiguous()
-    net = [len(layers), sizes[-1], padded.data_ptr(), last_bias.data_ptr()]
-    for weight, scale, bias in layers:
-        net += [packed(weight).address, scale.data_ptr(), bias.data_ptr()]
-    net, widest = torch.tensor(net), -(-max(sizes) // 64) * 64
-    y = torch.full((m, sizes[-1]), float("nan"))
-    memory = threads.scratch(BLOCK * (4 + widest * (4 + kind.item)))
-    run(net.data_ptr(), widest, 0.0, 0.0, memory, x.data_ptr(), sizes[0], m, y.data_ptr())
-    for weight, scale, bias in layers:
-        x = (int8_dynamic_linear if kind is Int8 else int8_linear)(x, weight, scale, bias, "relu", None, isa)
-    expected = x.double() @ last.double().t() + last_bias
-    bound = 3 * 2.0**-24 * (expected.abs() + sizes[-2] ** 0.5 * (x.double().abs() @ last.double().abs().t() + 1))
-    assert ((y - expected).abs() <= bound).all()
 
 
 def test_many_python_threads(monkeypatch):

@@ -332,7 +332,10 @@ def test_bad_arguments():
     call(ValueError, "members is 0", (a, b), weights, params, "4+2: 8 relu, 1", 0)
     call(ValueError, "reduce is 'max'", (a, b), weights, params, "4+2: 8 relu, 1", 1, "max")
     call(ValueError, "members is None", (a, b), weights, params, "4+2: 8 relu, 1", None, "mean_std")
-    call(TypeError, "compute_dtype is torch.int8", (a, b), weights, params, "4+2: 8 relu, 1", None, "none", torch.int8)
+    bad = torch.float64
+    call(TypeError, "compute_dtype is torch.float64", (a, b), weights, params, "4+2: 8 relu, 1", None, "none", bad)
+    half = weights.half(), params[16:]
+    call(TypeError, "weights is torch.float16", (a, b), *half, "4+2: 8 relu, 1", None, "none", torch.int8)
     call(ValueError, "on meta", (a, b.to("meta")))
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from mlp_numerics import random_mlp
 from numerics import quantized
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rewardzip_kernels import int8_linear
+from rewardzip_kernels import fused_mlp, int8_linear
 from rewardzip_kernels.registration import nobody_listens
 
 
@@ -15,7 +16,7 @@ def arguments():
     return torch.randn(4, 20), q, scale, bias, "relu"
 
 
-def seen_by_dispatcher(call):
+def seen_by_dispatcher(call, op="int8_linear"):
     """Whether a call reaches the dispatcher: a mode would see it."""
     seen = []
 
@@ -26,7 +27,7 @@ def seen_by_dispatcher(call):
 
     with Listen():
         call()
-    return "rewardzip.int8_linear.default" in seen
+    return f"rewardzip.{op}.default" in seen
 
 
 def test_both_ways_agree(arguments):
@@ -36,6 +37,21 @@ def test_both_ways_agree(arguments):
 
 def test_modes_see_the_op(arguments):
     assert seen_by_dispatcher(lambda: int8_linear(*arguments))
+
+
+def test_lists_of_tensors():
+    layers = "4+3: 8 relu, 2"
+    weights, params = random_mlp(layers, torch.int8, 1, "cpu")
+    xs = [torch.randn(5, 4), torch.randn(5, 3)]
+    assert nobody_listens(xs)
+    assert not nobody_listens([xs[0], xs[1].clone().requires_grad_()])
+    assert not nobody_listens([xs[0], torch.nn.Parameter(xs[1])])
+    arguments = weights, params, layers, None, "none", torch.int8
+    assert seen_by_dispatcher(lambda: fused_mlp(xs, *arguments), "fused_mlp")
+    assert torch.equal(fused_mlp(xs, *arguments), torch.ops.rewardzip.fused_mlp(xs, *arguments))
+    wanting = [xs[0], xs[1].clone().requires_grad_()]
+    fused_mlp(wanting, *arguments).sum().backward()
+    assert wanting[1].grad.isfinite().all()
 
 
 def test_gradients_subclasses_and_fakes_take_the_dispatcher(arguments):

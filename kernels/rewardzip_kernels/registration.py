@@ -23,7 +23,7 @@ _tracing = torch._C._get_tracing_state
 
 
 def nobody_listens(x: Any) -> bool:
-    """Whether a call on ``x``, a tensor or a list, is eager, without gradients, seen by no mode, transform or tracer."""
+    """Whether a call on ``x`` (or a list) is eager, without gradients, and seen by no mode, transform or tracer."""
     for tensor in x if type(x) is list else (x,):
         if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
             return False

@@ -32,7 +32,7 @@ _kept_alive: list[Any] = []
 
 
 def python_function(address: int, arguments: str) -> Any:
-    """A callable for the kernel at ``address``; a letter per argument: i for int64, f for float32, b for bytes. It checks none."""
+    """A callable for the kernel at ``address``; a letter per argument (i int64, f float32, b bytes). It checks none."""
     engine = execution_engine()
     engine.add_module(llvm.parse_assembly(str(_entry(address, arguments))))
     engine.finalize_object()

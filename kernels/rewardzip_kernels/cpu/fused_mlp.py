@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..checks import dense_rows
 from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
-from ..mlp_layout import Layout, Linear, layout, padded, unpack
+from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
 from . import threads
 from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
-from .mlp_engine import HEADER, HIDDEN, LAST, build
+from .mlp_engine import HIDDEN, LAST, build
 from .packing import Packed
 from .tile import PANEL, BFloat16, Float, Float16, Int8
 
@@ -32,7 +32,7 @@ KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: BFloat16,
 }
 SHAPES_KEPT = 256
-FLOAT, CPU, empty = torch.float32, torch.device("cpu"), torch.empty
+FLOAT = torch.float32
 
 _plans: dict[tuple[Any, ...], "Plan"] = {}
 
@@ -43,6 +43,14 @@ def prepare(kind: Any, hidden: tuple[str, ...], last: str, isa: str | None) -> A
     chosen = choose(isa)
     key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last)
     return kernel(key, lambda: build(kind(chosen), hidden, last))
+
+
+def hidden_activations(net: tuple[Layer, ...]) -> tuple[str, ...]:
+    """What the kernel needs for the hidden layers: "none" first, which comes before a LayerNorm."""
+    names = {layer.activation for layer in net[:-1]}
+    if len(net) == 1 or any(layer.eps is not None for layer in net):
+        names.add("none")
+    return tuple(sorted(names, key=lambda name: (name != "none", name)))
 
 
 def _bits(value: float) -> int:
@@ -65,11 +73,9 @@ class Plan:
     ):
         flat = layout(layers, True)
         net = flat.layers
-        self.kind, count = KINDS[compute], members or 1
-        # "none" stands first: what comes before a LayerNorm
-        names = tuple(dict.fromkeys(layer.activation for layer in net[:-1])) or ("none",)
-        if any(layer.eps is not None for layer in net):
-            names = tuple(dict.fromkeys(("none", *names)))
+        # a single layer is fp32 whatever the type of the products
+        self.kind, count = KINDS[compute] if len(net) > 1 else Float, members or 1
+        names = hidden_activations(net)
         self.run = prepare(self.kind, names, net[-1].activation, isa)
         self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
         self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
@@ -79,6 +85,7 @@ class Plan:
         self.leading = () if members is None else (count if reduce == "none" else 2,)
         self.outputs = net[-1].width
         self.work = count * sum(layer.width * sum(layer.pieces) for layer in net)
+        self.parallel_work = self.kind.parallel_work
         self.shapes: dict[Any, tuple[int, tuple[int, ...]]] = {}
         self.address = struct.Struct("qq" * len(self.pieces)).pack
         self._table(unpack(weights, params, layers, count), flat, names, reduce)
@@ -116,13 +123,13 @@ class Plan:
         self.scratch = BLOCK * rows
 
     def holds(self, weights: Tensor, params: Tensor) -> bool:
-        if self.weights() is not weights or self.params() is not params:
-            return False
-        if self.weights_at != weights.data_ptr() or self.params_at != params.data_ptr():
-            return False
-        if self.copy is not None:
-            return torch.equal(weights, self.copy)
-        return self.version == weights._version
+        return (
+            self.weights() is weights
+            and self.params() is params
+            and self.weights_at == weights.data_ptr()
+            and self.params_at == params.data_ptr()
+            and (self.version == weights._version if self.copy is None else torch.equal(weights, self.copy))
+        )
 
 
 def _plan(
@@ -152,23 +159,27 @@ def fused_mlp(
     isa: str | None = None,
 ) -> Tensor:
     plan = _plans.get((id(weights), layers, members, reduce, compute_dtype, isa))
-    shapes: Any = inputs[0].shape if len(inputs) == 1 else tuple([x.shape for x in inputs])
-    if plan is None or input_scales is not None or not plan.holds(weights, params) or shapes not in plan.shapes:
+    one = inputs[0] if len(inputs) == 1 else None
+    shapes: Any = tuple([x.shape for x in inputs]) if one is None else one.shape
+    found = plan.shapes.get(shapes) if plan is not None and plan.holds(weights, params) else None
+    if plan is None or found is None or input_scales is not None:
         return _unseen(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales, isa)
-    m, shape = plan.shapes[shapes]
-    addresses: list[int] = []
-    copies = []
-    for x, width in zip(inputs, plan.pieces, strict=True):
+    m, shape = found
+    for x in inputs:
         if x.dtype is not FLOAT or not x.is_cpu:
             return _unseen(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales, isa)
-        if x.is_contiguous():
-            addresses += x.data_ptr(), width
-        else:
-            copies.append(x := dense_rows(x))
-            addresses += x.data_ptr(), x.stride(0)
-    y = empty(shape, dtype=FLOAT, device=CPU)
-    run, table, at, y_at = plan.run, plan.table_at, plan.address(*addresses), y.data_ptr()
-    if m * plan.work < plan.kind.parallel_work or torch.get_num_threads() == 1 or m <= BLOCK:
+    if one is not None and one.is_contiguous():
+        at = plan.address(one.data_ptr(), plan.pieces[0])
+    else:
+        places: list[int] = []
+        # copies live to the end of the call
+        rows = [x if x.is_contiguous() else dense_rows(x) for x in inputs]
+        for x, row, width in zip(inputs, rows, plan.pieces, strict=True):
+            places += row.data_ptr(), width if row is x else row.stride(0)
+        at = plan.address(*places)
+    y = inputs[0].new_empty(*shape)
+    run, table, y_at = plan.run, plan.table_at, y.data_ptr()
+    if m * plan.work < plan.parallel_work or torch.get_num_threads() == 1 or m <= BLOCK:
         run(table, threads.scratch(plan.scratch), at, 0, m, m, y_at)
         return y
 

@@ -42,7 +42,8 @@ def build(kind: Int8 | Float, activation: str):
             take(x + begin * stride * 4, stride, rows, k, static, taken, row_bytes, scratch)
             y_at = y + begin * n * 4
             compute(
-                layer, scale, bias, 0, parameter, rows, taken, row_bytes, scratch, y_at, n, first_panel, last_panel, sums
+                layer, scale, bias, 0, parameter, rows, taken, row_bytes, scratch, y_at, n, first_panel, last_panel,
+                sums,
             )  # fmt: skip
 
     return linear, "iiiifiiiiiiii"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -19,10 +18,9 @@ _pool_size = 0
 
 def scratch(size: int) -> int:
     """The address of ``size`` bytes that are this thread's own until its next call."""
-    memory: Tensor | None = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < size:
-        memory = _local.memory = torch.empty(size, dtype=torch.uint8)
-        _local.address = memory.data_ptr()
+    if getattr(_local, "size", -1) < size:
+        _local.memory, _local.size = torch.empty(size, dtype=torch.uint8), size
+        _local.address = _local.memory.data_ptr()
     address: int = _local.address
     return address
 
