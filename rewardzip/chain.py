@@ -51,16 +51,21 @@ class Chain:
         self.steps = steps
         self.linears: list[Any] = [module.get_submodule(step.layer) for step in steps]
         self.norms: list[Any] = [step.norm and module.get_submodule(step.norm) for step in steps]
-        self.compute_dtype: torch.dtype | None = self.linears[0].compute_dtype
+        self.rounds_rows = self.linears[0].rows == "dynamic"
+        self.compute_dtype: torch.dtype | None = torch.int8 if self.rounds_rows else self.linears[0].compute_dtype
         self.packed: dict[tuple[int, ...], _Packed] = {}
         parts = [*self.linears, *filter(None, self.norms)]
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
-        self.dense = [p for m in parts if not isinstance(m, CompressedLinear) for p in m.parameters()]
+        # a dense layer's tables, not what is in them: a parameter may be replaced by another
+        self.tables = [m._parameters for m in parts if not isinstance(m, CompressedLinear)]
+        self.watch()
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.dense):
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
+        # on a GPU, rounding rows between layers in one launch would be slower than what it saves
+        if training or (self.rounds_rows and inputs[0].is_cuda):
             return self.one_by_one(*inputs)
         widths = tuple([x.shape[-1] for x in inputs])
         packed = self.packed.get(widths)
@@ -82,21 +87,29 @@ class Chain:
                 x = activations.apply(x, step.activation)
         return x
 
+    def dense(self) -> list[nn.Parameter]:
+        return [p for table in self.tables for p in table.values() if p is not None]
+
     def stamp(self) -> tuple[int, ...]:
         """Other than before whenever a number of the layers may be: counters only grow, so their sum tells."""
-        total = 0
+        total, addresses = 0, []
         for layer in self.compressed:
             total += layer.changes
-            for buffer in layer._buffers.values():
-                if buffer is not None:
-                    total += _version(buffer)
-        for parameter in self.dense:
-            total += _version(parameter)
-        # a dense layer's parameter can get other storage and count no change
-        return total, *[p.data_ptr() for p in self.dense]
+        for buffer in self.buffers:
+            total += buffer._version
+        for parameter in self.dense():
+            total += 0 if parameter.is_inference() else parameter._version
+            # other storage under the same parameter is no change it counts
+            addresses.append(parameter.data_ptr())
+        return total, *addresses
+
+    def watch(self) -> None:
+        """Find the buffers that hold the numbers now; those made in inference mode count no changes."""
+        self.buffers = [b for layer in self.compressed for b in layer.buffers() if not b.is_inference()]
 
     def pack(self, widths: tuple[int, ...]) -> _Packed:
         """The layers' numbers in flat tensors: in those there are, so that captured graphs see them, or in new ones."""
+        self.watch()
         stamp, layers = self.stamp(), self.describe(widths)
         with torch.no_grad():
             weights, params = pack([self.numbers()], layers)
@@ -105,6 +118,11 @@ class Chain:
             weights, params = old.weights.copy_(weights), old.params.copy_(params)
         self.packed[widths] = _Packed(stamp, weights, params, layers)
         return self.packed[widths]
+
+    def take_over(self, old: Chain) -> None:
+        """Keep what an equal chain over the same layers has packed: a captured or compiled graph may read it."""
+        if old.steps == self.steps and all(a is b for a, b in zip(old.linears, self.linears, strict=True)):
+            self.packed = old.packed
 
     def describe(self, widths: tuple[int, ...]) -> str:
         """The chain as ``fused_mlp`` takes it."""
@@ -147,18 +165,13 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     )
 
 
-def _version(tensor: Tensor) -> int:
-    # made under inference_mode, a tensor counts no changes and can be changed only there
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def fits(linears: list[Any]) -> bool:
     """Whether these layers, one after the other, can be one launch of ``fused_mlp``."""
     hidden, last = linears[:-1], linears[-1]
     return (
         2 <= len(linears) <= MAX_LAYERS
-        and all(type(m) is Int8Linear and m.rows == "float" for m in hidden)
-        and len({m.compute_dtype for m in hidden}) == 1
+        and all(type(m) is Int8Linear and m.rows != "static" for m in hidden)
+        and len({(m.rows, m.compute_dtype) for m in hidden}) == 1
         and (type(last) is Int8Linear or type(last) is nn.Linear)
         and all(m.out_features <= MAX_WIDTH for m in linears)
         and hidden[0].in_features <= MAX_INPUT_WIDTH
@@ -182,7 +195,7 @@ class Head(Chain):
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim)
         hidden, last = self.linears
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense)
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
         if training or not x.is_cuda or last.weight.dtype != torch.float32:
             return self.one_by_one(x)
         weights = hidden.int8_weight, hidden.scale, hidden.fp32_bias, last.weight, last.bias

@@ -80,7 +80,7 @@ class FusedEnsemble(nn.Module):
 
 
 class _Launch:
-    """The members' MLPs over what reaches the first one, each taking its share; the call under way is a thread's own."""
+    """The members' MLPs over what reaches the first one, each taking its share; a call under way is its thread's own."""
 
     def __init__(self, chains: list[Chain]) -> None:
         self.chains = chains
@@ -125,7 +125,7 @@ class _Slot(Chain):
         self.shared_launch, self.e = launch, e
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense)
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
         if training or not self.shared_launch.serves(self.e):
             return super().__call__(*inputs, dim=dim)
         if dim not in (-1, inputs[0].dim() - 1):

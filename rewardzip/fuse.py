@@ -126,8 +126,11 @@ def unfuse(module: nn.Module) -> None:
 
 
 def _fuse_anew(module: Any) -> None:
+    before = getattr(type(module), "chains", [])
     unfuse(module)
     fuse(module)
+    for old, new in zip(before, getattr(type(module), "chains", []), strict=False):
+        new.take_over(old)
 
 
 def is_plain(module: nn.Module) -> bool:

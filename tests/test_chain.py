@@ -142,6 +142,10 @@ def train_last(fast):
         fast[4].weight.add_(1)
 
 
+def replace_parameter(fast):
+    fast[4].weight = nn.Parameter(fast[4].weight * 2, requires_grad=False)
+
+
 def data_of_last(fast):
     fast[4].weight.data = fast[4].weight.data + 1
 
@@ -155,7 +159,17 @@ def half_and_back(fast):
 
 
 @pytest.mark.parametrize(
-    "change", [change_buffer, replace_buffer, load, train_last, data_of_last, replace_layer, half_and_back]
+    "change",
+    [
+        change_buffer,
+        replace_buffer,
+        load,
+        train_last,
+        replace_parameter,
+        data_of_last,
+        replace_layer,
+        half_and_back,
+    ],
 )
 def test_every_change_of_a_layer_is_noticed(change):
     fast = rz.swap(mlp(6, 16, 16, 1), rz.Int8())

@@ -729,9 +729,14 @@ def test_random_mlps(sizes, rows, functional, drawn, dynamic):
     assert sorted(fused(fast).values()) == sorted(name for name in names if name != "none")
     x = torch.randn(rows, sizes[0])
     expected = x
+    last = {chain.linears[-1] for chain in getattr(type(fast), "chains", [])}
     for layer, name in zip(packed(fast).values(), names, strict=True):
-        expected = ACTIVATIONS[name][1](layer(expected))
-    torch.testing.assert_close(fast(x), expected, atol=1e-6, rtol=1e-6)
+        # the last layer of a chain does not round its rows
+        y = F.linear(expected, layer.weight, layer.bias) if layer in last else layer(expected)
+        expected = ACTIVATIONS[name][1](y)
+    # a row rounded to int8 can go to the next integer where an activation differs in its last bit
+    tolerance = 0.02 if dynamic else 1e-5
+    torch.testing.assert_close(fast(x), expected, atol=tolerance, rtol=tolerance)
     dense = rz.restore(fast)
     assert fused(dense) == {}
     assert dense.state_dict().keys() == model.state_dict().keys()
