@@ -80,7 +80,7 @@ class FusedEnsemble(nn.Module):
 
 
 class _Launch:
-    """The members' MLPs over what reaches the first one, each taking its share; a call under way is its thread's own."""
+    """The members' MLPs over what reaches the first one, each taking its share; a call is its thread's own."""
 
     def __init__(self, chains: list[Chain]) -> None:
         self.chains = chains
