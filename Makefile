@@ -32,6 +32,7 @@ launch-cost: $(VENV)/ready
 	$(BIN)/python benchmarks/launch_cost.py
 
 bench: $(VENV)/ready
+	$(BIN)/python benchmarks/models.py --out out/bench
 	$(BIN)/python benchmarks/linear.py --out out/bench
 
 # on a machine with a GPU; DRY=1 goes through every step without one. PARTS="tests bench" runs some of it
