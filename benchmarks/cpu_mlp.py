@@ -108,7 +108,7 @@ def cells(nets, row_counts, seconds: float) -> Iterator[dict[str, object]]:
                 exact = model.double()(x.double())
                 model.float()
                 calls = rivals(model, activation, x, threads)
-                spread = (exact - exact.mean()).norm() if m > 1 else exact.norm()
+                spread = model(torch.randn(1000, widths[0])).std() * m**0.5
                 with torch.inference_mode():
                     right = {n: c for n, c in calls.items() if (c().double() - exact).norm() <= TOLERANCE * spread}
                     taken = interleaved(right, "cpu", seconds)
