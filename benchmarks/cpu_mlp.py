@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_mlp.py [--quick] [--seconds 1] [--out FOLDER]
 
-Medians of one call, all rivals in turn; a result further than 3 % from float64, in the norm, is not timed.
+Medians of one call, all rivals in turn; a result further than 3 % of the outputs' spread from float64, in the
+norm, is not timed (12 % for a single row, which may be an unlucky one).
 """
 
 import argparse
@@ -108,7 +109,7 @@ def cells(nets, row_counts, seconds: float) -> Iterator[dict[str, object]]:
                 exact = model.double()(x.double())
                 model.float()
                 calls = rivals(model, activation, x, threads)
-                spread = model(torch.randn(1000, widths[0])).std() * m**0.5
+                spread = model(torch.randn(1000, widths[0])).std() * (m**0.5 if m > 1 else 4)
                 with torch.inference_mode():
                     right = {n: c for n, c in calls.items() if (c().double() - exact).norm() <= TOLERANCE * spread}
                     taken = interleaved(right, "cpu", seconds)
