@@ -38,11 +38,11 @@ _plans: dict[tuple[Any, ...], "Plan"] = {}
 
 
 @lru_cache(maxsize=256)
-def prepare(kind: Any, hidden: tuple[str, ...], last: str, isa: str | None) -> Any:
+def prepare(kind: Any, hidden: tuple[str, ...], last: str, normed: bool, isa: str | None) -> Any:
     """The compiled kernel, or None."""
     chosen = choose(isa)
-    key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last)
-    return kernel(key, lambda: build(kind(chosen), hidden, last))
+    key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last, "norm" if normed else "")
+    return kernel(key, lambda: build(kind(chosen), hidden, last, normed))
 
 
 def hidden_activations(net: tuple[Layer, ...]) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class Plan:
         # a single layer is fp32 whatever the type of the products
         self.kind, count = KINDS[compute] if len(net) > 1 else Float, members or 1
         names = hidden_activations(net)
-        self.run = prepare(self.kind, names, net[-1].activation, isa)
+        self.run = prepare(self.kind, names, net[-1].activation, any(layer.eps is not None for layer in net), isa)
         self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
         self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
         self.version = None if weights.is_inference() else weights._version
@@ -224,5 +224,5 @@ def _unseen(
     return fused_mlp(inputs, weights, params, layers, members, reduce, compute_dtype, None, isa)
 
 
-# the op has seen to nothing
+# calls ``_check`` where it has not seen the like before
 fused_mlp.checks = True  # type: ignore[attr-defined]

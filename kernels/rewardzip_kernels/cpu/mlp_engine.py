@@ -56,10 +56,10 @@ def dot(typing_context, a, b, vectors):
 
 @inlined
 def gather(net, inputs, begin, rows, y, y_stride, columns):
-    """Each row's inputs side by side, zeros between them and up to ``columns``."""
+    """Each row's inputs side by side, zeros between them and up to a multiple of 16."""
     for r in range(rows):
         row = f32(y + r * y_stride * 4)
-        for j in range(columns):
+        for j in range((columns + 15) // 16 * 16):
             store(row, j, float32(0))
         for i in range(load(i64(net), 3)):
             width, position = load(i64(net), len(HEADER) + 2 * i), load(i64(net), len(HEADER) + 2 * i + 1)
@@ -83,14 +83,16 @@ def statistics(ys, members, count, mean_at, deviation_at):
         store(f32(deviation_at), i, sqrt(squares / float32(members - 1)))
 
 
-def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
-    """The kernel's Python and its argument letters, for hidden layers of these activations; "none" first."""
-    take, compute, item, activate = take_rows(kind), sweep(kind, hidden), kind.item, ACTIVATIONS[last]
+def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
+    """The kernel's Python and its argument letters, for hidden layers of these activations.
+
+    Where there is a LayerNorm, ``normed``, the first of them is "none".
+    """
+    take, compute, item, activate = take_rows(kind), sweep(kind, hidden, 16), kind.item, ACTIVATIONS[last]
     finish = finishing(f32, hidden)
     sums_memory = stack(types.int32, kind.rows * PANEL)
     header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
 
-    @inlined
     def normalise(layer, h, stride, rows, width, ones, scales):
         code, parameter = load(i64(layer), 3), load(f32(layer + 32), 0)
         gamma, beta, eps = load(i64(layer), 5), load(i64(layer), 6), load(f32(layer + 56), 0)
@@ -104,7 +106,13 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
                 store(f32(row), j, load(f32(row), j) - mean)
             variance = dot(row, row, vectors) / float32(width)
             store(f32(scales), 0, float32(1) / sqrt(variance + eps))
-            finish(code, row, 1, width, f32(scales), f32(gamma), f32(beta), row, stride, parameter)
+            finish(code, row, 1, vectors * 16, f32(scales), f32(gamma), f32(beta), row, stride, parameter)
+
+    def skip(layer, h, stride, rows, width, ones, scales):
+        pass
+
+    # a second copy of the epilogue, compiled only where it is needed
+    normalise = inlined(normalise if normed else skip)
 
     def mlp(net, scratch, inputs, first, last_row, m, y):
         layers, outputs, widest, count, columns, members, mean_std, ones, member_size = (
@@ -119,7 +127,7 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
             for e in range(members):
                 member = net + (header + 2 * count + e * member_size) * 8
                 width = columns
-                if count == 1 and layers > 0:
+                if count == 1 and columns % 16 == 0 and layers > 0:
                     source_stride = load(i64(inputs), 1)
                     source = load(i64(inputs), 0) + begin * source_stride * 4
                 else:
@@ -133,15 +141,18 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
                     code = 0 if gamma else load(i64(layer), 3)
                     n, k = load(i64(packed), 3), load(i64(packed), 4)
                     row_bytes = (k + 3) // 4 * 4 * item
-                    take(source, source_stride, rows, k, 0, taken, row_bytes, scratch)
+                    take(source, source_stride, rows, (k + 15) // 16 * 16, 0, taken, row_bytes, scratch)
                     compute(
                         packed, scale, bias, code, load(f32(layer + 32), 0), rows, taken, row_bytes, scratch, h, widest,
                         0, (n + PANEL - 1) // PANEL, sums,
                     )  # fmt: skip
                     if gamma:
                         normalise(layer, h, widest, rows, n, ones, scratch)
-                    source, source_stride, width = h, widest, n
-                vectors = (width + 15) // 16
+                    source, source_stride, width = h, widest, (n + 15) // 16 * 16
+                    for r in range(rows):
+                        for j in range(n, width):
+                            store(f32(h + r * widest * 4), j, float32(0))
+                vectors = width // 16
                 weight, last_bias, parameter = load(i64(member), 0), load(i64(member), 1), load(f32(member + 16), 0)
                 if mean_std:
                     out = ys + e * rows * outputs * 4
@@ -149,8 +160,6 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str):
                     out = y + (e * m + begin) * outputs * 4
                 for r in range(rows):
                     row = h + r * widest * 4
-                    for j in range(width, vectors * 16):
-                        store(f32(row), j, float32(0))
                     for o in range(outputs):
                         value = dot(row, weight + o * vectors * 64, vectors) + load(f32(last_bias), o)
                         store(f32(out), r * outputs + o, activate(value, parameter))

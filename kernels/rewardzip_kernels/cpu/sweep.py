@@ -39,13 +39,17 @@ def finishing(pointer, names: tuple[str, ...]):
     return select
 
 
-def sweep(kind: Int8 | Float, names: tuple[str, ...]):
-    """The sweep as a function for kernels, for these activations."""
+def sweep(kind: Int8 | Float, names: tuple[str, ...], multiple: int = 1):
+    """The sweep as a function for kernels, for these activations.
+
+    Outputs are written up to a ``multiple``, and scale and bias read: 16 leaves the vectorised epilogue no tail.
+    """
     finish = finishing(f32 if isinstance(kind, Float) else i32, names)
     start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
     lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.rows, kind.rows // 2
+    half_width = lanes * vectors // 2
     tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
-    thin = tile(kind, tall_rows, 1)
+    thin, half = tile(kind, tall_rows, 1), tile(kind, tall_rows, max(vectors // 2, 1))
 
     @inlined
     def run(
@@ -53,7 +57,7 @@ def sweep(kind: Int8 | Float, names: tuple[str, ...]):
     ):  # fmt: skip
         header = i64(layer)
         panels, start, zeros = load(header, 0), load(header, start_field), load(header, 2)
-        n, steps = load(header, 3), (load(header, 4) + 3) // 4
+        n, steps = (load(header, 3) + multiple - 1) // multiple * multiple, (load(header, 4) + 3) // 4
         bias = bias or zeros
         for panel in range(first_panel, last_panel):
             column = panel * PANEL
@@ -65,6 +69,9 @@ def sweep(kind: Int8 | Float, names: tuple[str, ...]):
                 rows_at = taken + done * row_bytes
                 if rows - done >= tall_rows and width <= lanes:
                     thin(rows_at, row_bytes, w, steps, width, first, sums)
+                    now = tall_rows
+                elif rows - done >= tall_rows and width <= half_width:
+                    half(rows_at, row_bytes, w, steps, width, first, sums)
                     now = tall_rows
                 elif rows - done >= tall_rows:
                     tall(rows_at, row_bytes, w, steps, width, first, sums)
