@@ -28,8 +28,20 @@ ROWS = (1, 16, 256, 4096, 65536)
 TOLERANCE = 0.03
 
 
+def _processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    told = {name.strip(): value.strip() for name, value in fields.items()}
+    name = told.get("model name", platform.machine())
+    return f"{name} (family {told['cpu family']})" if "cpu family" in told else name
+
+
 def machine() -> dict[str, str]:
-    found = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+    found = {"device": _processor(), "torch": torch.__version__}
     if torch.cuda.is_available():
         import triton
 
