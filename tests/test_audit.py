@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
@@ -30,6 +30,9 @@ EXPECTED = {
 
 # the tile with two wide layers, or wide inputs and a wide layer, in registers: on sm_100 the only one that spills
 SPILLS = {("_fused_mlp_kernel", "sm_100", "64 32 1"): 96}
+if triton.__version__.startswith("3.6."):
+    # its AMD compiler keeps 13 words of the 128-wide network outside the registers; 3.7 keeps none
+    SPILLS["_fused_mlp_kernel", "gfx942", "128 64 1"] = 52
 
 
 @pytest.fixture(scope="module", params=SHARED)
