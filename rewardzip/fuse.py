@@ -5,25 +5,15 @@ state dict are unchanged; only the traced forward differs, and in it ``self.fc1(
 two calls stood, and one ``Chain`` where a whole MLP did. Code that calls the children in another order therefore still
 gets what it asks for.
 
-Only a module's own code is traced (``torch.fx``, every child a leaf), and only code that tracing cannot misread: no
-branches but on the module's settings, no context managers, no assignments to ``self``. Every Python function is read as
-it is entered, before it runs, wherever it came from: a property, a parent's forward, a helper in a table.
+Only code that tracing cannot misread is rewritten: ``trace.py`` says which.
 """
 
 from __future__ import annotations
 
-import ast
 import copyreg
-import dis
-import gc
 import inspect
-import sys
-import textwrap
-import warnings
 from collections.abc import Callable
-from functools import lru_cache
-from itertools import pairwise
-from types import CodeType, FrameType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +24,7 @@ from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
 from .chain import Chain, Head, Step, fits, is_head, joined
 from .nn import CompressedLinear, Int8Linear
+from .trace import Misreadable, trace
 
 MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.ReLU: lambda m: "relu",
@@ -161,8 +152,8 @@ def fuse(module: nn.Module) -> str | None:
     if not all(isinstance(value, str | int | float | None) for value in defaults.values()):
         return "its forward has defaults that are no plain values"
     try:
-        graph, again = _trace(module, defaults), _trace(module, defaults)
-    except _Misreadable as error:
+        graph, again = trace(module, defaults), trace(module, defaults)
+    except Misreadable as error:
         return str(error)
     except Exception as error:  # whatever the author's code raises when it meets a proxy
         return f"torch.fx cannot trace it ({type(error).__name__})"
@@ -172,76 +163,6 @@ def fuse(module: nn.Module) -> str | None:
     chains = _fold_chains(module, graph)
     if fused or chains or _fold_joins(module, graph):
         _install(module, graph, fused, chains, tuple(defaults.values()))
-    return None
-
-
-class _Misreadable(Exception):
-    pass
-
-
-class _Tracer(fx.Tracer):
-    # so that a number read from a buffer is read again at each call
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(module: nn.Module, defaults: dict[str, Any]) -> fx.Graph | None:
-    """The graph of the module's own code; None where tracing it left tensors behind."""
-    # tracing writes to the module: here to a twin that shares its children
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    before, profile, collecting = set(twin.__dict__), sys.getprofile(), gc.isenabled()
-    # nothing but the author's code shall run: no finalizer, no callback of the collector
-    gc.disable()
-    sys.setprofile(_read)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(twin, concrete_args=defaults or None)
-    finally:
-        sys.setprofile(profile)
-        if collecting:
-            gc.enable()
-    return graph if set(twin.__dict__) == before else None
-
-
-def _read(frame: FrameType, event: str, _: Any) -> None:
-    """As a profiler: look at each function entered, except those of torch and of Python itself."""
-    if event == "call" and _package(frame) not in _TRUSTED:
-        reason = _misread(frame.f_code)
-        if reason:
-            raise _Misreadable(f"{frame.f_code.co_name} {reason}")
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
-_TRUSTED = {"torch", *sys.stdlib_module_names} - {"__main__"}
-
-# what reads differently, or is not seen to be read, while proxies stand for tensors
-_HIDDEN = {"training", "isinstance", "hasattr", "callable"}
-
-
-@lru_cache(maxsize=256)
-def _misread(code: CodeType) -> str | None:
-    """Why tracing this code could bake in something that is not always so; None where it could not."""
-    steps = list(dis.get_instructions(code))
-    names = {step.opname for step in steps}
-    outside = {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(code.co_freevars)
-    dropped = (a.opname.startswith("CALL") and b.opname == "POP_TOP" for a, b in pairwise(steps))
-    if "PUSH_EXC_INFO" in names:
-        return "has a with or a try"
-    if names & {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL"} or outside:
-        return "assigns to what outlives the call"
-    if any(dropped):
-        return "calls something for its side effect"
-    if _HIDDEN & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))} or "IS_OP" in names:
-        return "asks what its arguments are, or whether it is training"
-    if any("JUMP" in name and "_IF_" in name for name in names) and not _branches_on_settings(code):
-        return "branches on its arguments"
     return None
 
 
@@ -441,19 +362,3 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
-
-
-def _branches_on_settings(code: CodeType) -> bool:
-    """Whether every condition reads attributes of ``self`` alone, which are the module's settings."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    branching = (ast.While, ast.BoolOp, ast.Match, ast.Assert, ast.comprehension, ast.Subscript)
-    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
-    if any(isinstance(node, branching) for node in ast.walk(tree)):
-        return False
-    for node in (inner for test in tests for inner in ast.walk(test)):
-        if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id != "self"):
-            return False
-    return True
