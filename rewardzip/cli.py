@@ -43,6 +43,10 @@ def doctor() -> None:
     typer.echo(f"GPUs: {', '.join(gpus) or 'none'}")
     for op, where in available().items():
         typer.echo(f"{op:22} " + ", ".join(f"{device}: {how}" for device, how in where.items()))
+    if "numba" in available()["int8_linear"]["cpu"].split():
+        from rewardzip_kernels.cpu.instruction_sets import choose
+
+        typer.echo(f"CPU kernels use {choose(None).name}")
 
 
 if __name__ == "__main__":
