@@ -194,10 +194,15 @@ class Head(Chain):
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim)
-        hidden, last = self.linears
+        last = self.linears[1]
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
         if training or not x.is_cuda or last.weight.dtype != torch.float32:
             return self.one_by_one(x)
+        return self.fused(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The one launch; right anywhere, worth it on a GPU."""
+        hidden, last = self.linears
         weights = hidden.int8_weight, hidden.scale, hidden.fp32_bias, last.weight, last.bias
         return reward_head(x, *weights, self.steps[0].activation, hidden.compute_dtype)
 

@@ -54,6 +54,10 @@ class Critic(nn.Module):
         self.a1, self.a2, self.a3 = nn.Linear(23, 64), nn.Linear(64, 33), nn.Linear(33, 1)
         self.b1, self.norm, self.b2, self.b3 = nn.Linear(23, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 1)
 
+        # as trained: a norm that is the identity would hide that it was forgotten
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
     def forward(self, state, action):
         both = torch.cat([state, action], 1)
         a = self.a3(F.relu(self.a2(F.elu(self.a1(both)))))
@@ -193,6 +197,12 @@ def test_refresh_packs_in_place():
     rz.refresh(fast, model)
     (again,) = fast.net.chains[0].packed.values()
     assert (again.weights.data_ptr(), again.params.data_ptr()) == addresses, "a captured graph reads these"
+    anew = rz.swap(model, rz.Int8())
+    anew(*x)
+    (expected,) = anew.net.chains[0].packed.values()
+    # before any call of the model: a graph's replay makes none
+    assert torch.equal(again.weights, expected.weights)
+    assert torch.equal(again.params, expected.params)
     torch.testing.assert_close(fast(*x), rz.swap(model, rz.Int8())(*x))
     alike(fast, *x)
 
@@ -232,6 +242,16 @@ def test_compile_and_export():
     exported = torch.export.export(fast, x)
     assert "rewardzip.fused_mlp" in exported.graph_module.code
     torch.testing.assert_close(exported.module()(*x), expected)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_a_wide_head_in_one_launch_is_its_two_layers(activation):
+    fast = rz.swap(mlp(300, 512, 1, activation=activation), rz.Int8())
+    (chain,) = fast.chains
+    assert chain.op == "reward_head"
+    x = torch.randn(5, 300)
+    alike(fast, x)
+    torch.testing.assert_close(chain.fused(x), chain.one_by_one(x), rtol=1e-4, atol=1e-5)
 
 
 def test_explain_names_the_launch():

@@ -4,7 +4,7 @@
 
 ``compute_dtype`` is what the products are made of; sums are always fp32. int8 is exact in all of them, so only x is
 rounded, and only where x is wider: float32 (tf32 on a GPU's tensor cores, 2^-10 per element; exact on a CPU), float16
-(2^-11, and x beyond 65504 becomes inf), bfloat16 (2^-9). The default is x's own dtype.
+(2^-11, and x beyond 65504 becomes inf), bfloat16 (2^-8). The default is x's own dtype.
 """
 
 from typing import Any
