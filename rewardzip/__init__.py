@@ -6,6 +6,7 @@ from .capture import capture as capture
 from .checkpoint import CheckpointError as CheckpointError
 from .checkpoint import load as load
 from .checkpoint import save as save
+from .data import Data as Data
 from .ensemble import fuse_ensemble as fuse_ensemble
 from .explain import explain as explain
 from .fit import fit as fit

@@ -1,0 +1,114 @@
+"""Rows to learn from and to judge by, checked once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs of a model, a row per sample in each tensor, and what is known of them.
+
+    rewards: the truth for each row (a reward, or one row of values where a model has several outputs).
+    rejected: the inputs of the rows that lost against ``inputs``, in the same order (preferences).
+
+    Wherever data is asked for, a plain sequence of tensors will do: the forward's inputs, and the rewards behind them
+    where there are any.
+    """
+
+    inputs: tuple[Tensor, ...]
+    rewards: Tensor | None = None
+    rejected: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        if self.rejected is not None:
+            object.__setattr__(self, "rejected", tuple(self.rejected))
+        if not self.inputs:
+            raise ValueError("data: there are no inputs")
+        if self.rejected is not None:
+            shapes = [[tuple(t.shape) for t in side] for side in (self.inputs, self.rejected)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"data: the preferred inputs have the shapes {shapes[0]}, the rejected {shapes[1]}")
+        rows = {name: len(tensor) for name, tensor in self._named()}
+        if len(set(rows.values())) != 1 or not len(self):
+            raise ValueError(f"data: every tensor must have the same number of rows, 1 or more; there are {rows}")
+        for name, tensor in self._named():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                bad = (
+                    int((~tensor.isfinite()).flatten(1).any(1).sum())
+                    if tensor.dim() > 1
+                    else int((~tensor.isfinite()).sum())
+                )
+                raise ValueError(f"data: {bad} of the {len(tensor)} rows of {name} hold inf or NaN")
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Data | Sequence[Tensor] | Tensor) -> Data:
+        """What was given, as ``Data``: the model's signature says which tensors are its inputs."""
+        if isinstance(data, Data):
+            return data
+        tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+        if not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"data: takes tensors, got {[type(t).__name__ for t in tensors]}")
+        fewest, most = _positional(model)
+        if fewest <= len(tensors) <= most:
+            return cls(tensors)
+        if fewest <= len(tensors) - 1 <= most:
+            return cls(tensors[:-1], tensors[-1])
+        takes = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        raise ValueError(
+            f"data: {type(model).__name__} takes {takes} inputs, and rewards may follow; got {len(tensors)} tensors"
+        )
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def __getitem__(self, rows: Any) -> Data:
+        """Some of the rows: a slice, or a tensor of row numbers."""
+        return self._map(lambda t: t[rows])
+
+    def to(self, device: torch.device | str) -> Data:
+        return self._map(lambda t: t.to(device))
+
+    def split(self, share: float = 0.2, seed: int = 0) -> tuple[Data, Data]:
+        """(the rest, ``share`` of the rows), drawn without order."""
+        if not 0 < share < 1:
+            raise ValueError(f"data: split takes a share between 0 and 1, got {share}")
+        held = round(share * len(self))
+        if held in (0, len(self)):
+            raise ValueError(f"data: {len(self)} rows are too few to hold {share:.0%} back")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self[order[held:]], self[order[:held]]
+
+    def batches(self, size: int) -> Iterator[Data]:
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for i, tensor in enumerate(self.inputs):
+            yield f"input {i}", tensor
+        if self.rewards is not None:
+            yield "rewards", self.rewards
+        for i, tensor in enumerate(self.rejected or ()):
+            yield f"rejected input {i}", tensor
+
+    def _map(self, change: Any) -> Data:
+        rejected = None if self.rejected is None else tuple(map(change, self.rejected))
+        return Data(tuple(map(change, self.inputs)), None if self.rewards is None else change(self.rewards), rejected)
+
+
+def _positional(model: nn.Module) -> tuple[int, float]:
+    """The least and the largest number of inputs that ``model`` takes by position."""
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    places = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    fewest = sum(p.default is kinds.empty for p in places)
+    if any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
+        return max(fewest, 1), float("inf")
+    return fewest, len(places)
