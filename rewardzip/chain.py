@@ -8,21 +8,31 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from rewardzip_kernels import activations, fused_mlp, reward_head
+from rewardzip_kernels.fused_mlp import settled
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
+from rewardzip_kernels.registration import nobody_listens
 from rewardzip_kernels.reward_head import MAX_OUT
 
 from .nn import CompressedLinear, Int8Linear
+from .nn.base import Epoch
 
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
+
+# shapes whose calls are kept settled; more than these are no loop of a planner's
+SHAPES_KEPT = 64
+
+_version, _data_ptr = Tensor._version.__get__, Tensor.data_ptr  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class Chain:
         self.rounds_rows = self.linears[0].rows == "dynamic"
         self.compute_dtype: torch.dtype | None = torch.int8 if self.rounds_rows else self.linears[0].compute_dtype
         self.packed: dict[tuple[int, ...], _Packed] = {}
+        self.settled: dict[torch.Size, Callable[..., Tensor | None]] = {}
+        self.settled_at: tuple[int, list[Tensor], int, list[Any]] = (-1, [], 0, [])
         parts = [*self.linears, *filter(None, self.norms)]
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
         # a dense layer's tables, not what is in them: a parameter may be replaced by another
@@ -61,21 +73,61 @@ class Chain:
         self.watch()
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
+        x = inputs[0]
+        call = self.settled.get(x.shape)
+        # a microsecond or two is the whole call for one row: what is asked here is asked in the cheapest way
+        if call is not None and dim == -1 and not is_compiling() and nobody_listens(inputs if len(inputs) > 1 else x):
+            epoch, watched, versions, held = self.settled_at
+            if Epoch.count == epoch and sum(map(_version, watched)) == versions:
+                for table, name, parameter, address in held:
+                    if table.get(name) is not parameter or _data_ptr(parameter) != address:
+                        break
+                else:
+                    if not (is_grad_enabled() and self.is_training()):
+                        y = call(*inputs)
+                        if y is not None:
+                            return y
+        return self.run(inputs, dim)
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        """A call that has to look at everything."""
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
         # on a GPU, rounding rows between layers in one launch would be slower than what it saves
-        if training or (self.rounds_rows and inputs[0].is_cuda):
+        if self.is_training() or (self.rounds_rows and inputs[0].is_cuda):
             return self.one_by_one(*inputs)
         widths = tuple([x.shape[-1] for x in inputs])
         packed = self.packed.get(widths)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if packed is None:
                 return self.one_by_one(*inputs)
         elif packed is None or packed.stamp != self.stamp():
             packed = self.pack(widths)
         compute = compute_for(inputs[0], self.compute_dtype)
+        if inputs[0].is_cpu and not is_compiling() and nobody_listens(inputs):
+            self.settle([x.shape for x in inputs], packed.layers, compute)
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
+
+    def settle(self, shapes: list[torch.Size], layers: str, compute: torch.dtype | None) -> None:
+        """Keep a shorter call for inputs of these shapes, and what must not change for as long as it is used."""
+        if compute not in (torch.float32, torch.int8):
+            return
+        parameters = [(table, name, p) for table in self.tables for name, p in table.items() if p is not None]
+        held = [(table, name, p, p.data_ptr()) for table, name, p in parameters]
+        epoch, sources = Epoch.count, [*self.buffers, *(p for _, _, p in parameters if not p.is_inference())]
+        versions = [t._version for t in sources]
+        call, live = settled([self.numbers()], layers, shapes, None, "none", compute)
+        seen = {id(t) for t in live}
+        kept = [(t, version) for t, version in zip(sources, versions, strict=True) if id(t) not in seen]
+        now = epoch, [t for t, _ in kept], sum(version for _, version in kept), held
+        if now[0] != self.settled_at[0] or now[2] != self.settled_at[2] or len(self.settled) == SHAPES_KEPT:
+            self.settled = {}
+        self.settled_at = now
+        if call is not None:
+            self.settled[shapes[0]] = call
+
+    def is_training(self) -> bool:
+        return is_grad_enabled() and any(p.requires_grad for p in self.dense())
 
     def one_by_one(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
@@ -195,8 +247,7 @@ class Head(Chain):
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim)
         last = self.linears[1]
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
-        if training or not x.is_cuda or last.weight.dtype != torch.float32:
+        if self.is_training() or not x.is_cuda or last.weight.dtype != torch.float32:
             return self.one_by_one(x)
         return self.fused(x)
 

@@ -132,6 +132,22 @@ def change_buffer(fast):
     fast[0].scale.mul_(2)
 
 
+def change_bias(fast):
+    fast[0].fp32_bias.add_(1)
+
+
+def change_weight(fast):
+    fast[0].int8_weight.neg_()
+
+
+def change_norm(fast):
+    fast[3].bias.add_(1)
+
+
+def drop_last_bias(fast):
+    fast[5].bias = None
+
+
 def replace_buffer(fast):
     fast[0].scale = fast[0].scale * 2
 
@@ -143,46 +159,82 @@ def load(fast):
 
 def train_last(fast):
     with torch.no_grad():
-        fast[4].weight.add_(1)
+        fast[5].weight.add_(1)
 
 
 def replace_parameter(fast):
-    fast[4].weight = nn.Parameter(fast[4].weight * 2, requires_grad=False)
+    fast[5].weight = nn.Parameter(fast[5].weight * 2, requires_grad=False)
 
 
 def data_of_last(fast):
-    fast[4].weight.data = fast[4].weight.data + 1
+    fast[5].weight.data = fast[5].weight.data + 1
 
 
 def replace_layer(fast):
-    fast[2] = nn.Linear(16, 16)
+    fast[2] = nn.Linear(*reversed(fast[2].weight.shape))
 
 
 def half_and_back(fast):
     fast.half().float()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_buffer,
-        replace_buffer,
-        load,
-        train_last,
-        replace_parameter,
-        data_of_last,
-        replace_layer,
-        half_and_back,
-    ],
+CHANGES = (
+    *(change_buffer, change_bias, change_weight, change_norm, drop_last_bias, replace_buffer, load, train_last),
+    *(replace_parameter, data_of_last, replace_layer, half_and_back),
 )
-def test_every_change_of_a_layer_is_noticed(change):
-    fast = rz.swap(mlp(6, 16, 16, 1), rz.Int8())
+
+
+# 16: read where it lies; 12: copied and watched
+@pytest.mark.parametrize("width", [16, 12])
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic")], ids=["float rows", "int8 rows"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_a_layer_is_noticed(change, config, width):
+    layers = nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.ELU(), nn.Linear(width, 1)
+    fast = rz.swap(nn.Sequential(*layers).requires_grad_(False), config)
     x = torch.randn(4, 6)
     before = fast(x)
+    assert torch.equal(fast(x), before)
+    assert fast.whole.settled, "what is tested is the short way"
     change(fast)
+    after = fast(x)
     if change is not half_and_back:
-        assert not torch.equal(fast(x), before)
-    alike(fast, x)
+        assert not torch.equal(after, before)
+    expected = x
+    for layer in fast:
+        expected = layer(expected)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_settled_call_takes_no_other_inputs():
+    fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
+    state, action = torch.randn(5, 17), torch.randn(5, 6)
+    y = fast(state, action)
+    assert fast.net.whole.settled
+    for s, a in (
+        (state.half(), action.half()),
+        (state.t().contiguous().t(), action.t().contiguous().t()),
+        (torch.cat([state, state])[5:], action.clone().requires_grad_()),
+    ):
+        torch.testing.assert_close(fast(s, a).float(), y, rtol=1e-2, atol=1e-2)
+    assert fast(state, action.clone().requires_grad_()).requires_grad
+    with pytest.raises(ValueError, match="shape"):
+        fast(state, action[:4])
+    with torch.device("meta"):
+        assert fast(state, action).device.type == "cpu"
+    with Ops() as mode:
+        fast(state, action)
+    assert mode.seen == ["fused_mlp"], "someone listens"
+
+
+def test_training_a_settled_chain_trains_it():
+    fast = rz.swap(mlp(6, 16, 16, 1), rz.Int8())
+    x = torch.randn(4, 6)
+    fast(x), fast(x)
+    fast[4].requires_grad_(True)
+    assert fast(x).requires_grad
+    with torch.no_grad():
+        assert not fast(x).requires_grad
 
 
 def test_refresh_packs_in_place():

@@ -21,6 +21,7 @@ int8, for int8 weights, rounds every row anew before each hidden layer by ``quan
     h = act(norm((q @ weight^T) * (row_scale * scale) + bias))      a row that holds an inf or a NaN becomes NaN
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from . import activations
 from .checks import FLOATS, dense_rows
 from .int8_dynamic_linear import int8_matmul_reference
+from .loading import implementation
 from .mlp_layout import Layer, Linear, check_sizes, layout, parse_layers, unpack
 from .quantize import quantize_rows_reference
 from .registration import register
@@ -263,3 +265,24 @@ def fused_mlp(
     """The networks packed in ``weights`` and ``params``, over the inputs; reference: ``fused_mlp_reference``."""
     y: Tensor = _op(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
     return y
+
+
+def settled(
+    networks: list[list[Linear]],
+    layers: str,
+    shapes: list[torch.Size],
+    members: int | None = None,
+    reduce: str = "none",
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Callable[..., Tensor | None] | None, list[Tensor]]:
+    """(a shorter way for fp32 inputs of these shapes, on a CPU, or None; the tensors that it reads where they lie).
+
+    It is for eager calls that nobody listens to, gives None for inputs that are not as they should be, and does not
+    notice changes of the other tensors.
+    """
+    make = getattr(implementation("cpu", "fused_mlp", fused_mlp_reference), "network", None)
+    if make is None or not all(t.weight.is_cpu for member in networks for t in member):
+        return None, []
+    with torch.no_grad():
+        network = make(networks, layout(layers, True), members, reduce, compute_dtype, None)
+    return network.bound(shapes), network.live

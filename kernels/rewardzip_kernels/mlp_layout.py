@@ -198,8 +198,11 @@ def _check_linear(name: str, tensors: Linear, layer: Layer, dtype: torch.dtype) 
             raise ValueError(f"{name}: {part} has shape {tuple(vector.shape)}; it must be ({layer.width},)")
 
 
-def unpack(weights: Tensor, params: Tensor, layers: str, members: int = 1) -> list[list[Linear]]:
-    """The inverse of ``pack``; all are views but a first weight of several inputs."""
+def unpack(weights: Tensor, params: Tensor, layers: str, members: int = 1, padding: bool = False) -> list[list[Linear]]:
+    """The inverse of ``pack``; all are views but a first weight of several inputs.
+
+    With their ``padding`` the fp32 ones are as long as they are stored, and views without exception.
+    """
     net = layout(layers, weights.dtype == torch.int8)
     check_sizes("unpack", weights, params, net, members)
     found = []
@@ -213,8 +216,10 @@ def unpack(weights: Tensor, params: Tensor, layers: str, members: int = 1) -> li
                 parts.append(rows[:, start : start + piece])
                 start += padded(piece)
             places = (layer.bias, layer.scale, layer.gamma, layer.beta)
-            vectors = [None if at is None else p[at : at + layer.width] for at in places]
-            member.append(Linear(parts[0] if len(parts) == 1 else torch.cat(parts, 1), *vectors))  # type: ignore[arg-type]
+            length = padded(layer.width) if padding else layer.width
+            vectors = [None if at is None else p[at : at + length] for at in places]
+            weight = rows if padding and flat is p else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            member.append(Linear(weight, *vectors))  # type: ignore[arg-type]
         found.append(member)
     return found
 

@@ -23,10 +23,14 @@ _tracing = torch._C._get_tracing_state
 
 
 def nobody_listens(x: Any) -> bool:
-    """Whether a call on ``x`` (or a list) is eager, without gradients, and seen by no mode, transform or tracer."""
-    for tensor in x if type(x) is list else (x,):
-        if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
+    """Whether a call on ``x`` (or several) is eager, without gradients, and seen by no mode, transform or tracer."""
+    if type(x) is Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
             return False
+    else:
+        for tensor in x if type(x) in (list, tuple) else (x,):
+            if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
+                return False
     return not _modes() and _transforms() is None and _tracing() is None
 
 

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 
+class Epoch:
+    """How often a buffer of any compressed layer has been replaced: while it stands still, so do all of them."""
+
+    count = 0
+
+
 class CompressedLinear(nn.Module):
     """``act(x @ weight^T + bias)`` from a compressed weight.
 
@@ -27,7 +33,11 @@ class CompressedLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        self._changed()
+
+    def _changed(self) -> None:
         self.__dict__["changes"] = self.changes + 1
+        Epoch.count += 1
 
     @property
     def weight(self) -> Tensor:
@@ -70,7 +80,7 @@ class CompressedLinear(nn.Module):
         probe = next(b for b in before.values() if b is not None)
         self.dtype = fn(probe.new_empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
-        self.__dict__["changes"] = self.changes + 1
+        self._changed()
         for name, exact in before.items():
             moved = self._buffers[name]
             if exact is not None and moved is not None and moved.dtype != exact.dtype:

@@ -57,43 +57,35 @@ def _bits(value: float) -> int:
     return int(struct.unpack("i", struct.pack("f", value))[0])
 
 
-class Plan:
-    """All that calls on the same weights share; ``run`` is None where the kernel cannot be compiled."""
+class Network:
+    """One MLP, or several of a shape, as the kernel reads them; ``run`` is None where it cannot be compiled.
+
+    Hidden weights are packed. The fp32 tensors are read where they lie if they are dense and a multiple of 16 long, and
+    are then in ``live``: what is written there later, the kernel sees.
+    """
 
     def __init__(
         self,
-        weights: Tensor,
-        params: Tensor,
-        layers: str,
+        networks: list[list[Linear]],
+        flat: Layout,
         members: int | None,
         reduce: str,
-        compute: torch.dtype,
+        compute: Any,
         isa: str | None,
-        gone: Callable[[Any], None],
-    ):
-        flat = layout(layers, True)
+    ) -> None:
         net = flat.layers
         # a single layer is fp32 whatever the type of the products
-        self.kind, count = KINDS[compute] if len(net) > 1 else Float, members or 1
+        self.kind = KINDS[compute] if len(net) > 1 else Float
         names = hidden_activations(net)
         self.run = prepare(self.kind, names, net[-1].activation, any(layer.eps is not None for layer in net), isa)
-        self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
-        self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
-        self.version = None if weights.is_inference() else weights._version
-        self.copy = weights.clone() if weights.is_inference() else None
-        self.pieces = net[0].pieces
-        self.leading = () if members is None else (count if reduce == "none" else 2,)
-        self.outputs = net[-1].width
-        self.work = count * sum(layer.width * sum(layer.pieces) for layer in net)
+        self.pieces, self.outputs = net[0].pieces, net[-1].width
+        self.leading = () if members is None else (len(networks) if reduce == "none" else 2,)
+        self.work = len(networks) * sum(layer.width * sum(layer.pieces) for layer in net)
         self.parallel_work = self.kind.parallel_work
-        self.shapes: dict[Any, tuple[int, tuple[int, ...]]] = {}
         self.address = struct.Struct("qq" * len(self.pieces)).pack
-        self._table(unpack(weights, params, layers, count), flat, names, reduce)
-
-    def _table(self, networks: list[list[Linear]], flat: Layout, names: tuple[str, ...], reduce: str) -> None:
-        """Write what the kernel reads."""
+        self.live: list[Tensor] = []
+        self.copies: list[Tensor] = []
         # the last layer's rows are stored with each input on a multiple of 16, the packed ones without gaps
-        net = flat.layers
         spread = padded if len(net) == 1 else int
         columns = sum(map(spread, self.pieces))
         widest = -(-max(columns, *(layer.width for layer in net)) // PANEL) * PANEL
@@ -108,19 +100,83 @@ class Plan:
         for piece in self.pieces:
             table += piece, start
             start += spread(piece)
-        for e, member in enumerate(self.packed):
-
-            def at(place: int | None, first: int = self.params_at + 4 * e * flat.params) -> int:
-                return 0 if place is None else first + 4 * place
-
-            table += at(net[-1].weight), at(net[-1].bias), _bits(net[-1].parameter)
-            for layer, weight in zip(net, member, strict=False):
-                table += weight.address, at(layer.scale), at(layer.bias), names.index(layer.activation)
-                table += _bits(layer.parameter), at(layer.gamma), at(layer.beta), _bits(layer.eps or 0.0)
+        for packed_member, member in zip(self.packed, networks, strict=True):
+            table += self._at(member[-1].weight), self._at(member[-1].bias), _bits(net[-1].parameter)
+            for layer, weight, t in zip(net, packed_member, member, strict=False):
+                table += weight.address, self._at(t.scale), self._at(t.bias), names.index(layer.activation)
+                table += _bits(layer.parameter), self._at(t.gamma), self._at(t.beta), _bits(layer.eps or 0.0)
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
         self.scratch = BLOCK * rows
+
+    def _at(self, tensor: Tensor | None) -> int:
+        """Where the kernel reads this one."""
+        if tensor is None:
+            return 0
+        if tensor.dtype is FLOAT and tensor.is_contiguous() and tensor.shape[-1] % 16 == 0:
+            self.live.append(tensor)
+            return tensor.data_ptr()
+        self.copies.append(torch.nn.functional.pad(tensor.detach().float(), (0, -tensor.shape[-1] % 16)).contiguous())
+        return self.copies[-1].data_ptr()
+
+    def bound(self, shapes: list[torch.Size]) -> Callable[..., Tensor | None] | None:
+        """The network as a function of inputs of these shapes; None where that is not the work of one thread.
+
+        It gives None for inputs that are not fp32, contiguous, on a CPU and of these shapes.
+        """
+        leading = shapes[0][:-1]
+        m, shape = leading.numel(), (*self.leading, *leading, self.outputs)
+        fits = [s[-1] for s in shapes] == list(self.pieces) and all(s[:-1] == leading for s in shapes)
+        if self.run is None or not fits or m == 0 or (m > BLOCK and m * self.work >= self.parallel_work):
+            return None
+        run, table, size, scratch, address = self.run, self.table_at, self.scratch, threads.scratch, self.address
+        width = self.pieces[0]
+
+        # both hold the network, which owns what the table points to
+        def one(x: Tensor, network: Network = self) -> Tensor | None:
+            if x.dtype is not FLOAT or not x.is_cpu or not x.is_contiguous():
+                return None
+            y = x.new_empty(*shape)
+            run(table, scratch(size), address(x.data_ptr(), width), 0, m, m, y.data_ptr())
+            return y
+
+        def several(*inputs: Tensor, network: Network = self) -> Tensor | None:
+            places: list[int] = []
+            for x, expected in zip(inputs, shapes, strict=True):
+                if x.shape != expected or x.dtype is not FLOAT or not x.is_cpu or not x.is_contiguous():
+                    return None
+                places += x.data_ptr(), expected[-1]
+            y = inputs[0].new_empty(*shape)
+            run(table, scratch(size), address(*places), 0, m, m, y.data_ptr())
+            return y
+
+        return one if len(shapes) == 1 else several
+
+
+class Plan(Network):
+    """The network of one weights tensor, and the shapes it has been checked for."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        params: Tensor,
+        layers: str,
+        members: int | None,
+        reduce: str,
+        compute: torch.dtype,
+        isa: str | None,
+        gone: Callable[[Any], None],
+    ):
+        networks = unpack(weights, params, layers, members or 1, padding=True)
+        super().__init__(networks, layout(layers, True), members, reduce, compute, isa)
+        # views of params: they would keep it alive
+        self.live = []
+        self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
+        self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
+        self.version = None if weights.is_inference() else weights._version
+        self.copy = weights.clone() if weights.is_inference() else None
+        self.shapes: dict[Any, tuple[int, tuple[int, ...]]] = {}
 
     def holds(self, weights: Tensor, params: Tensor) -> bool:
         return (
@@ -226,3 +282,4 @@ def _unseen(
 
 # calls ``_check`` where it has not seen the like before
 fused_mlp.checks = True  # type: ignore[attr-defined]
+fused_mlp.network = Network  # type: ignore[attr-defined]

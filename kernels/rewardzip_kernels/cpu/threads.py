@@ -10,7 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_local = threading.local()
+
+class _Local(threading.local):
+    size, address = -1, 0
+
+
+_local = _Local()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -18,11 +23,10 @@ _pool_size = 0
 
 def scratch(size: int) -> int:
     """The address of ``size`` bytes that are this thread's own until its next call."""
-    if getattr(_local, "size", -1) < size:
+    if _local.size < size:
         _local.memory, _local.size = torch.empty(size, dtype=torch.uint8), size
         _local.address = _local.memory.data_ptr()
-    address: int = _local.address
-    return address
+    return _local.address
 
 
 def ranges(count: int, parts: int, quantum: int) -> list[tuple[int, int]]:
