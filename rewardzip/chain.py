@@ -24,13 +24,10 @@ from rewardzip_kernels.registration import nobody_listens
 from rewardzip_kernels.reward_head import MAX_OUT
 
 from .nn import CompressedLinear, Int8Linear
-from .nn.base import Epoch
+from .nn.base import SHAPES_KEPT, Epoch
 
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
-
-# shapes whose calls are kept settled; more than these are no loop of a planner's
-SHAPES_KEPT = 64
 
 _version, _data_ptr = Tensor._version.__get__, Tensor.data_ptr  # type: ignore[attr-defined]
 

@@ -719,3 +719,53 @@ def test_import_starts_nothing():
         "assert not {'triton', 'numba', 'pickletools'} & (sys.modules.keys() - before)\n"
     ).replace("import sys, torch, rewardzip", "import sys, torch; before = set(sys.modules); import rewardzip")
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+def scaled(layer):
+    layer.scale.mul_(2)
+
+
+def biased(layer):
+    layer.fp32_bias.add_(1)
+
+
+def negated(layer):
+    layer.int8_weight.neg_()
+
+
+def replaced(layer):
+    layer.scale = layer.scale * 2
+
+
+def loaded(layer):
+    layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+
+
+def refreshed(layer):
+    layer.refresh(nn.Linear(layer.in_features, layer.out_features))
+
+
+def moved(layer):
+    layer.half().float()
+
+
+@pytest.mark.parametrize("rows", ["float", "dynamic", "static"])
+@pytest.mark.parametrize("change", [scaled, biased, negated, replaced, loaded, refreshed, moved])
+def test_a_settled_layer_notices_every_change(change, rows):
+    dense = nn.Linear(13, 17)
+    layer = Int8Linear.from_linear(dense, rows=rows, x_amax=4.0 if rows == "static" else None)
+    x = torch.randn(3, 13)
+    before = layer(x, "relu")
+    assert torch.equal(layer(x, "relu"), before)
+    assert layer.settled, "what is tested is the short way"
+    change(layer)
+    if change is not moved:
+        assert not torch.equal(layer(x, "relu"), before)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x, "relu"), layer.compute(x, "relu"))
+    other = copy.deepcopy(layer)
+    other.scale.mul_(2)
+    torch.testing.assert_close(other(x, "relu"), other.compute(x, "relu"))
+    for odd in (x.double().float()[:, :13].t().contiguous().t(), x[:0], x.half(), x.clone().requires_grad_()):
+        torch.testing.assert_close(layer(odd, "relu"), layer.compute(odd, "relu"))
+    assert layer(x.clone().requires_grad_(), "relu").requires_grad

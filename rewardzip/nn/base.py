@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.prune import BasePruningMethod
+
+from rewardzip_kernels.registration import nobody_listens
+
+# shapes whose calls are kept settled; more than these are no loop of a planner's
+SHAPES_KEPT = 64
 
 
 class Epoch:
@@ -37,7 +43,34 @@ class CompressedLinear(nn.Module):
 
     def _changed(self) -> None:
         self.__dict__["changes"] = self.changes + 1
+        self.__dict__["settled"] = {}
         Epoch.count += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "settled"}
+
+    settled: Mapping[tuple[torch.Size, str], Callable[[Tensor], Tensor | None]] = {}
+    """Shorter ways for inputs of these shapes, until a buffer is replaced."""
+
+    def forward(self, input: Tensor, activation: str = "none") -> Tensor:
+        call = self.settled.get((input.shape, activation))
+        if call is not None and not is_compiling() and nobody_listens(input):
+            y = call(input)
+            if y is not None:
+                return y
+        y = self.compute(input, activation)
+        if input.is_cpu and input.dtype == torch.float32 and not is_compiling() and nobody_listens(input):
+            call = self.settle(input.shape, activation)
+            others = self.settled if len(self.settled) < SHAPES_KEPT else {}
+            if call is not None:
+                self.__dict__["settled"] = {**others, (input.shape, activation): call}
+        return y
+
+    def compute(self, input: Tensor, activation: str) -> Tensor:
+        raise NotImplementedError
+
+    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        """``compute`` for fp32 inputs of a shape, where the op has a shorter way; it must notice written buffers."""
 
     @property
     def weight(self) -> Tensor:

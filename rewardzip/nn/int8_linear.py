@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from rewardzip_kernels import int8_dynamic_linear, int8_linear, quantize_rows
+from rewardzip_kernels.loading import settled
 
 from .base import CompressedLinear, check_source
 
@@ -72,10 +74,17 @@ class Int8Linear(CompressedLinear):
     def weight(self) -> Tensor:
         return (self.int8_weight.float() * self.scale[:, None]).to(self.dtype)
 
-    def forward(self, input: Tensor, activation: str = "none") -> Tensor:
+    def compute(self, input: Tensor, activation: str) -> Tensor:
         if self.rows == "float":
             return int8_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)
         return int8_dynamic_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.x_scale)
+
+    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        if self.compute_dtype not in (None, torch.float32):
+            return None
+        op = "int8_linear" if self.rows == "float" else "int8_dynamic_linear"
+        numbers = self.int8_weight, self.scale, self.fp32_bias
+        return settled(self.int8_weight.device, op, *numbers, activation, self.x_scale, shape)
 
     def extra_repr(self) -> str:
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"

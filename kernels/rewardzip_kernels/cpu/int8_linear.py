@@ -1,10 +1,12 @@
 """int8_linear on a CPU: ``linear.py`` with fp32 rows and weights made fp32 in registers."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..int8_linear import int8_linear_reference
-from .linear import linear
+from .linear import linear, settled
 from .tile import Float
 
 
@@ -22,3 +24,6 @@ def int8_linear(
     if y is None:
         return int8_linear_reference(x, weight, scale, bias, activation, compute_dtype)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+int8_linear.settled = partial(settled, Float)  # type: ignore[attr-defined]

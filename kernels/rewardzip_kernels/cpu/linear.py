@@ -4,6 +4,7 @@ A block of rows is taken into scratch memory once (``rows.py``), then passes und
 in cache (``sweep.py``). A call is split over threads by rows, or by panels where rows are few.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -105,3 +106,40 @@ def linear(
     else:
         threads.run(some_panels, threads.ranges(panels, count, 1))
     return y
+
+
+def settled(
+    kind: Any,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    x_scale: Tensor | None,
+    shape: torch.Size,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """``linear`` for inputs of this shape, all else looked up already; None where that is not the work of one thread.
+
+    It gives None for inputs that are not fp32 and contiguous on a CPU, and once ``weight`` has been written to. The
+    other tensors are read where they lie.
+    """
+    run, parameter = prepare(kind, activation, None)
+    (n, k), m = weight.shape, shape[:-1].numel()
+    dense = scale.is_contiguous() and (bias is None or bias.is_contiguous())
+    if run is None or weight.is_inference() or not dense or shape[-1] != k:
+        return None
+    if m == 0 or m * n * k >= kind.parallel_work:
+        return None
+    layer, version, out = packed(weight), weight._version, (*shape[:-1], n)
+    block, panels, scratch = min(BLOCK, m), layer.count, threads.scratch
+    size = block * (layer.padded_k * kind.item + 4)
+    at = layer.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
+    fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, k, block
+
+    def call(x: Tensor, held: Any = (layer, scale, bias, x_scale)) -> Tensor | None:
+        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous() or weight._version != version:
+            return None
+        y = x.new_empty(*out)
+        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, panels)
+        return y
+
+    return call
