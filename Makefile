@@ -12,7 +12,7 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit launch-cost bench gpu clean
+.PHONY: demo test lint audit launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
@@ -34,6 +34,10 @@ launch-cost: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/models.py --out out/bench
 	$(BIN)/python benchmarks/linear.py --out out/bench
+
+# rivals that are not installed are left out of the table
+bench-cpu: $(VENV)/ready
+	$(BIN)/python benchmarks/cpu.py --out out/bench
 
 # on a machine with a GPU; DRY=1 goes through every step without one. PARTS="tests bench" runs some of it
 gpu: $(if $(DRY),$(VENV)/ready)

@@ -8,28 +8,27 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from rewardzip_kernels import activations, fused_mlp, reward_head
-from rewardzip_kernels.fused_mlp import settled
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
-from rewardzip_kernels.registration import nobody_listens
 from rewardzip_kernels.reward_head import MAX_OUT
 
 from .nn import CompressedLinear, Int8Linear
-from .nn.base import SHAPES_KEPT, Epoch
+from .shortcut import Shortcut
 
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
 
-_version, _data_ptr = Tensor._version.__get__, Tensor.data_ptr  # type: ignore[attr-defined]
+# beyond this a few rows are worth several threads, which share the outputs of one layer after the other
+WEIGHTS_OF_ONE_CALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,30 +60,16 @@ class Chain:
         self.rounds_rows = self.linears[0].rows == "dynamic"
         self.compute_dtype: torch.dtype | None = torch.int8 if self.rounds_rows else self.linears[0].compute_dtype
         self.packed: dict[tuple[int, ...], _Packed] = {}
-        self.settled: dict[torch.Size, Callable[..., Tensor | None]] = {}
-        self.settled_at: tuple[int, list[Tensor], int, list[Any]] = (-1, [], 0, [])
         parts = [*self.linears, *filter(None, self.norms)]
-        self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
-        # a dense layer's tables, not what is in them: a parameter may be replaced by another
-        self.tables = [m._parameters for m in parts if not isinstance(m, CompressedLinear)]
+        self.shortcut = Shortcut(parts, lambda: [self.numbers()], None, "none")
+        self.compressed, self.dense, self.is_training = (
+            self.shortcut.compressed, self.shortcut.dense, self.shortcut.is_training,
+        )  # fmt: skip
         self.watch()
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        x = inputs[0]
-        call = self.settled.get(x.shape)
-        # a microsecond or two is the whole call for one row: what is asked here is asked in the cheapest way
-        if call is not None and dim == -1 and not is_compiling() and nobody_listens(inputs if len(inputs) > 1 else x):
-            epoch, watched, versions, held = self.settled_at
-            if Epoch.count == epoch and sum(map(_version, watched)) == versions:
-                for table, name, parameter, address in held:
-                    if table.get(name) is not parameter or _data_ptr(parameter) != address:
-                        break
-                else:
-                    if not (is_grad_enabled() and self.is_training()):
-                        y = call(*inputs)
-                        if y is not None:
-                            return y
-        return self.run(inputs, dim)
+        y = self.shortcut(inputs) if dim == -1 else None
+        return self.run(inputs, dim) if y is None else y
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         """A call that has to look at everything."""
@@ -101,43 +86,20 @@ class Chain:
         elif packed is None or packed.stamp != self.stamp():
             packed = self.pack(widths)
         compute = compute_for(inputs[0], self.compute_dtype)
-        if inputs[0].is_cpu and not is_compiling() and nobody_listens(inputs):
-            self.settle([x.shape for x in inputs], packed.layers, compute)
-        return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
+        y = fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
+        self.shortcut.settle(inputs, packed.layers, compute)
+        return y
 
-    def settle(self, shapes: list[torch.Size], layers: str, compute: torch.dtype | None) -> None:
-        """Keep a shorter call for inputs of these shapes, and what must not change for as long as it is used."""
-        if compute not in (torch.float32, torch.int8):
-            return
-        parameters = [(table, name, p) for table in self.tables for name, p in table.items() if p is not None]
-        held = [(table, name, p, p.data_ptr()) for table, name, p in parameters]
-        epoch, sources = Epoch.count, [*self.buffers, *(p for _, _, p in parameters if not p.is_inference())]
-        versions = [t._version for t in sources]
-        call, live = settled([self.numbers()], layers, shapes, None, "none", compute)
-        seen = {id(t) for t in live}
-        kept = [(t, version) for t, version in zip(sources, versions, strict=True) if id(t) not in seen]
-        now = epoch, [t for t, _ in kept], sum(version for _, version in kept), held
-        if now[0] != self.settled_at[0] or now[2] != self.settled_at[2] or len(self.settled) == SHAPES_KEPT:
-            self.settled = {}
-        self.settled_at = now
-        if call is not None:
-            self.settled[shapes[0]] = call
-
-    def is_training(self) -> bool:
-        return is_grad_enabled() and any(p.requires_grad for p in self.dense())
-
-    def one_by_one(self, *inputs: Tensor) -> Tensor:
+    def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
+        """The first ``layers``, or all."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        for step, linear, norm in zip(self.steps, self.linears, self.norms, strict=True):
+        for step, linear, norm in list(zip(self.steps, self.linears, self.norms, strict=True))[:layers]:
             if norm is None and isinstance(linear, CompressedLinear):
                 x = linear(x, step.activation)
             else:
                 x = linear(x) if norm is None else norm(linear(x))
                 x = activations.apply(x, step.activation)
         return x
-
-    def dense(self) -> list[nn.Parameter]:
-        return [p for table in self.tables for p in table.values() if p is not None]
 
     def stamp(self) -> tuple[int, ...]:
         """Other than before whenever a number of the layers may be: counters only grow, so their sum tells."""
@@ -214,18 +176,22 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     )
 
 
-def fits(linears: list[Any]) -> bool:
-    """Whether these layers, one after the other, can be one launch of ``fused_mlp``."""
+def follow(linears: list[Any]) -> bool:
+    """Whether these layers, one after the other, are a network that the ops know, whatever its widths."""
     hidden, last = linears[:-1], linears[-1]
     return (
         2 <= len(linears) <= MAX_LAYERS
         and all(type(m) is Int8Linear and m.rows != "static" for m in hidden)
         and len({(m.rows, m.compute_dtype) for m in hidden}) == 1
         and (type(last) is Int8Linear or type(last) is nn.Linear)
-        and all(m.out_features <= MAX_WIDTH for m in linears)
-        and hidden[0].in_features <= MAX_INPUT_WIDTH
         and all(a.out_features == b.in_features for a, b in pairwise(linears))
     )
+
+
+def fits(linears: list[Any]) -> bool:
+    """Whether they can be one launch of ``fused_mlp``."""
+    narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
+    return narrow and follow(linears)
 
 
 def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
@@ -236,17 +202,46 @@ def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
     return whole(*inputs, dim=dim)
 
 
-class Head(Chain):
+class Wide(Chain):
+    """Layers too wide for one launch: one call on a CPU if they are small enough for one thread to take a row through
+    all of them; elsewhere one by one, and on a GPU the last two as a ``Head`` if they can be."""
+
+    op, where = "", "one call on a CPU"
+    tail: Head | None = None
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.weights = sum(m.in_features * m.out_features for m in self.linears)
+        if len(steps) > 2 and is_head(self.linears[-2:], steps[-2:]):
+            self.tail = Head(module, steps[-2:])
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        if inputs[0].is_cuda and self.tail is not None:
+            return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
+        if self.weights <= WEIGHTS_OF_ONE_CALL and inputs[0].is_cpu and not self.is_training():
+            described = self.describe(tuple([x.shape[-1] for x in inputs]))
+            self.shortcut.settle(inputs, described, compute_for(inputs[0], self.compute_dtype))
+            # the same numbers from the first call on
+            y = self.shortcut(inputs)
+            if y is not None:
+                return y
+        return self.one_by_one(*inputs)
+
+    def repack(self) -> None:
+        """It reads the layers' own numbers."""
+
+
+class Head(Wide):
     """Two layers too wide for one MLP launch: a hidden layer that is never stored, and its product with few outputs."""
 
     op, where = "reward_head", "one launch on a GPU"
 
-    def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim)
-        last = self.linears[1]
-        if self.is_training() or not x.is_cuda or last.weight.dtype != torch.float32:
-            return self.one_by_one(x)
-        return self.fused(x)
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        if not inputs[0].is_cuda or self.is_training() or self.linears[1].weight.dtype != torch.float32:
+            return super().run(inputs, dim)
+        return self.fused(inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim))
 
     def fused(self, x: Tensor) -> Tensor:
         """The one launch; right anywhere, worth it on a GPU."""
@@ -254,11 +249,8 @@ class Head(Chain):
         weights = hidden.int8_weight, hidden.scale, hidden.fp32_bias, last.weight, last.bias
         return reward_head(x, *weights, self.steps[0].activation, hidden.compute_dtype)
 
-    def repack(self) -> None:
-        """It reads the layers' own numbers."""
 
-
-def is_head(linears: list[Any], steps: list[Step]) -> bool:
+def is_head(linears: list[Any], steps: Sequence[Step]) -> bool:
     """Whether these two layers can be one ``reward_head``."""
     return (
         len(linears) == 2

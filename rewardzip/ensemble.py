@@ -13,8 +13,9 @@ from rewardzip_kernels import fused_mlp
 from rewardzip_kernels.mlp_layout import pack
 
 from .chain import Chain, compute_for
-from .fuse import FusedForward
+from .fuse import FusedForward, is_plain
 from .int8 import Int8
+from .shortcut import Shortcut
 from .swap import swap
 
 Reduce = Literal["none", "mean_std"]
@@ -63,11 +64,14 @@ class FusedEnsemble(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "launch"}
 
     def forward(self, *inputs: Tensor) -> Any:
-        self.launch.start()
-        try:
-            outputs = torch.stack([member(*inputs) for member in self.members])
-        finally:
-            self.launch.end()
+        if self.launch.is_all_of(self.members):
+            outputs = self.launch.run(inputs)
+        else:
+            self.launch.start()
+            try:
+                outputs = torch.stack([member(*inputs) for member in self.members])
+            finally:
+                self.launch.end()
         if self.reduce == "none":
             return outputs
         one = len(self.members) == 1
@@ -86,6 +90,14 @@ class _Launch:
         self.chains = chains
         self.packed: dict[Any, Any] = {}
         self.call = threading.local()
+        parts = [part for chain in chains for part in (*chain.linears, *filter(None, chain.norms))]
+        self.shortcut = Shortcut(parts, lambda: [chain.numbers() for chain in chains], len(chains), "none")
+
+    def is_all_of(self, members: nn.ModuleList) -> bool:
+        """Whether the members do nothing but run their MLP on what they are given."""
+        if torch.is_grad_enabled() and self.shortcut.is_training():
+            return False
+        return all(getattr(type(member), "whole", None) is not None and is_plain(member) for member in members)
 
     def start(self) -> None:
         self.call.running, self.call.outputs = True, None
@@ -104,6 +116,9 @@ class _Launch:
         return share
 
     def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        y = self.shortcut(inputs)
+        if y is not None:
+            return y
         widths = tuple(x.shape[-1] for x in inputs)
         stamp = [chain.stamp() for chain in self.chains]
         found = self.packed.get(widths)
@@ -114,7 +129,9 @@ class _Launch:
             self.packed[widths] = found
         _, weights, params, layers = found
         compute = compute_for(inputs[0], self.chains[0].compute_dtype)
-        return fused_mlp(list(inputs), weights, params, layers, len(self.chains), "none", compute)
+        y = fused_mlp(list(inputs), weights, params, layers, len(self.chains), "none", compute)
+        self.shortcut.settle(inputs, layers, compute)
+        return y
 
 
 class _Slot(Chain):
@@ -125,8 +142,7 @@ class _Slot(Chain):
         self.shared_launch, self.e = launch, e
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.dense())
-        if training or not self.shared_launch.serves(self.e):
+        if self.is_training() or not self.shared_launch.serves(self.e):
             return super().__call__(*inputs, dim=dim)
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)

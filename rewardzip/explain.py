@@ -47,7 +47,7 @@ def explain(model: nn.Module) -> Explanation:
                 first, last = prefix + chain.steps[0].layer, prefix + chain.steps[-1].layer
                 launches |= {prefix + step.layer: f"{chain.where}, {first} to {last}" for step in chain.steps}
                 fused |= {prefix + step.layer: step.activation for step in chain.steps}
-                ops |= {prefix + step.layer: chain.op for step in chain.steps}
+                ops |= {prefix + step.layer: chain.op for step in chain.steps if chain.op}
     found = Explanation()
     for name, m in model.named_modules():
         activation = fused.get(name, "none")

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
-from .chain import Chain, Head, Step, fits, is_head, joined
+from .chain import Chain, Head, Step, Wide, fits, follow, is_head, joined
 from .nn import CompressedLinear, Int8Linear
 from .trace import Misreadable, trace
 
@@ -239,6 +239,8 @@ def _longest(
             return Chain, run[:length]
         if is_head(linears, steps):
             return Head, run[:length]
+    if len(run) > 2 and follow([module.get_submodule(step.layer) for step, _ in run]):
+        return Wide, run
     return None, []
 
 

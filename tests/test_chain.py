@@ -108,6 +108,23 @@ def test_limits(sizes, expected):
     alike(fast, x)
 
 
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic")], ids=["float rows", "int8 rows"])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_wide_layers_are_one_call_on_a_cpu(rows, config):
+    fast = rz.swap(mlp(23, 300, 270, 3), config)
+    x = torch.randn(rows, 23)
+    if config.activations:
+        fast[4] = mlp(270, 3)[0]
+    expected = x
+    for layer in fast:
+        expected = layer(expected)
+    first, again = fast(x), fast(x)
+    assert fast.whole.shortcut.calls[x.shape]
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(first, again)
+    assert torch.equal(fast(x[:1]), first[:1]), "a row is itself whatever the batch"
+
+
 def test_trailing_layers_and_activations():
     for last in (nn.Flatten(0), nn.Tanh(), nn.Softmax(-1)):
         model = mlp(8, 16, 16, 3, activation=nn.SiLU, last=last)
@@ -184,8 +201,8 @@ CHANGES = (
 )
 
 
-# 16: read where it lies; 12: copied and watched
-@pytest.mark.parametrize("width", [16, 12])
+# 16: read where it lies; 12: copied and watched; 300: too wide for one launch
+@pytest.mark.parametrize("width", [16, 12, 300])
 @pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic")], ids=["float rows", "int8 rows"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_a_layer_is_noticed(change, config, width):
@@ -194,7 +211,7 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
     x = torch.randn(4, 6)
     before = fast(x)
     assert torch.equal(fast(x), before)
-    assert fast.whole.settled, "what is tested is the short way"
+    assert fast.whole.shortcut.calls, "what is tested is the short way"
     change(fast)
     after = fast(x)
     if change is not half_and_back:
@@ -202,15 +219,15 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
     expected = x
     for layer in fast:
         expected = layer(expected)
-    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_settled_call_takes_no_other_inputs():
     fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
     state, action = torch.randn(5, 17), torch.randn(5, 6)
     y = fast(state, action)
-    assert fast.net.whole.settled
+    assert fast.net.whole.shortcut.calls
     for s, a in (
         (state.half(), action.half()),
         (state.t().contiguous().t(), action.t().contiguous().t()),

@@ -31,6 +31,26 @@ def test_members_and_their_spread(count):
     assert std.isnan().all() if count == 1 else torch.allclose(std, apart.std(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [lambda: rz.RewardMLP(17, 6, (32, 32)), lambda: mlp(23, 20, 20, 1)])
+def test_a_member_s_change_is_noticed(make):
+    fused = rz.fuse_ensemble(nets(3, make))
+    x = inputs() if isinstance(fused.members[0], rz.RewardMLP) else (torch.randn(9, 23),)
+    before = fused(*x)
+    assert torch.equal(fused(*x), before)
+    assert fused.launch.shortcut.calls, "what is tested is the short way"
+    layers = getattr(fused.members[1], "net", fused.members[1])
+    layers[0].scale.mul_(2)
+    layers[4].bias.add_(1)
+    after = fused(*x)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    torch.testing.assert_close(after[1], fused.members[1](*x))
+    assert not torch.equal(after[1], before[1])
+    seen = []
+    fused.members[2].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(fused(*x), after)
+    assert seen, "a member's hooks run"
+
+
 class Untraceable(nn.Module):
     """Like imitation's BasicRewardNet: chooses its inputs, checks its output, an MLP inside that squeezes."""
 

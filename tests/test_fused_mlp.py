@@ -282,7 +282,6 @@ BAD_LAYERS = {
     "0: 4 relu, 1": "inputs",
     "1+1+1+1+1+1+1+1+1: 1": "at most 8",
     "4: 0 relu, 1": "width",
-    "4: 257, 1": "width",
     "4: x, 1": "width",
     "4:": "width",
     "4: 4 rely, 1": "not one of",
@@ -308,6 +307,8 @@ def test_bad_arguments():
             fused_mlp(list(inputs), w, p, layers, *rest)
 
     call(ValueError, "0 inputs", ())
+    wide = "4+2: 257 relu, 1"
+    call(ValueError, "257 wide; at most 256", (a, b), *random_mlp(wide, torch.int8, 1, "cpu"), wide)
     call(ValueError, "input 1 .* take 2", (a, a))
     call(TypeError, "input 1 is torch.float64", (a, b.double()))
     call(ValueError, r"input 1 has shape \(2, 2\)", (a, b[:2]))

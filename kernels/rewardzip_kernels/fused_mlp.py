@@ -21,7 +21,6 @@ int8, for int8 weights, rounds every row anew before each hidden layer by ``quan
     h = act(norm((q @ weight^T) * (row_scale * scale) + bias))      a row that holds an inf or a NaN becomes NaN
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from . import activations
 from .checks import FLOATS, dense_rows
 from .int8_dynamic_linear import int8_matmul_reference
 from .loading import implementation
-from .mlp_layout import Layer, Linear, check_sizes, layout, parse_layers, unpack
+from .mlp_layout import MAX_WIDTH, Layer, Linear, check_sizes, layout, parse_layers, unpack
 from .quantize import quantize_rows_reference
 from .registration import register
 
@@ -145,6 +144,9 @@ def _check(
 ) -> None:
     net = layout(layers, weights.dtype == torch.int8)
     pieces = net.layers[0].pieces
+    widest = max(layer.width for layer in net.layers)
+    if widest > MAX_WIDTH:
+        raise ValueError(f"fused_mlp: layers {layers!r} are up to {widest} wide; at most {MAX_WIDTH} fit in one launch")
     if len(inputs) != len(pieces):
         raise ValueError(f"fused_mlp: {len(inputs)} inputs, but layers {layers!r} take {len(pieces)}")
     first = inputs[0]
@@ -267,22 +269,16 @@ def fused_mlp(
     return y
 
 
-def settled(
-    networks: list[list[Linear]],
-    layers: str,
-    shapes: list[torch.Size],
-    members: int | None = None,
-    reduce: str = "none",
-    compute_dtype: torch.dtype = torch.float32,
-) -> tuple[Callable[..., Tensor | None] | None, list[Tensor]]:
-    """(a shorter way for fp32 inputs of these shapes, on a CPU, or None; the tensors that it reads where they lie).
+def network(
+    networks: list[list[Linear]], layers: str, members: int | None, reduce: str, compute_dtype: torch.dtype
+) -> Any:
+    """The CPU's form of these layers, of any width: ``bound(shapes)`` gives a function of inputs, ``live`` is what it
+    reads where it lies. None where they are not on a CPU, or its implementation has none.
 
-    It is for eager calls that nobody listens to, gives None for inputs that are not as they should be, and does not
-    notice changes of the other tensors.
+    It is for eager calls that nobody listens to, and does not notice changes of the other tensors.
     """
     make = getattr(implementation("cpu", "fused_mlp", fused_mlp_reference), "network", None)
     if make is None or not all(t.weight.is_cpu for member in networks for t in member):
-        return None, []
+        return None
     with torch.no_grad():
-        network = make(networks, layout(layers, True), members, reduce, compute_dtype, None)
-    return network.bound(shapes), network.live
+        return make(networks, layout(layers, True), members, reduce, compute_dtype, None)

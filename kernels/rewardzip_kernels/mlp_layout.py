@@ -96,8 +96,8 @@ def parse_layers(layers: str) -> tuple[tuple[int, ...], tuple[tuple[int, float |
 
 def _parse_layer(entry: str) -> tuple[int, float | None, str]:
     width, *words = entry.split() or [""]
-    if not width.isdecimal() or not 1 <= int(width) <= MAX_WIDTH:
-        raise ValueError(f"layers: {entry!r} must start with a width of 1 to {MAX_WIDTH}")
+    if not width.isdecimal() or int(width) < 1:
+        raise ValueError(f"layers: {entry!r} must start with a width of 1 or more")
     eps = None
     if words and words[0].partition(":")[0] == "layer_norm":
         number = words.pop(0).partition(":")[2] or "1e-05"

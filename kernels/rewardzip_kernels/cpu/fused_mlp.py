@@ -120,25 +120,39 @@ class Network:
         self.copies.append(torch.nn.functional.pad(tensor.detach().float(), (0, -tensor.shape[-1] % 16)).contiguous())
         return self.copies[-1].data_ptr()
 
-    def bound(self, shapes: list[torch.Size]) -> Callable[..., Tensor | None] | None:
-        """The network as a function of inputs of these shapes; None where that is not the work of one thread.
+    def rows(self, places: bytes, m: int, y_at: int) -> None:
+        """The outputs of m rows, on as many threads as they are worth."""
+        run, table = self.run, self.table_at
+        if m * self.work < self.parallel_work or m <= BLOCK or torch.get_num_threads() == 1:
+            run(table, threads.scratch(self.scratch), places, 0, m, m, y_at)
+            return
 
-        It gives None for inputs that are not fp32, contiguous, on a CPU and of these shapes.
+        def some_rows(start: int, stop: int) -> None:
+            run(table, threads.scratch(self.scratch), places, start, stop, m, y_at)
+
+        threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+
+    def bound(self, shapes: list[torch.Size]) -> Callable[..., Tensor | None] | None:
+        """The network as a function of inputs of these shapes, or None; for others, and all but dense fp32 on a CPU,
+        the function gives None.
         """
         leading = shapes[0][:-1]
         m, shape = leading.numel(), (*self.leading, *leading, self.outputs)
         fits = [s[-1] for s in shapes] == list(self.pieces) and all(s[:-1] == leading for s in shapes)
-        if self.run is None or not fits or m == 0 or (m > BLOCK and m * self.work >= self.parallel_work):
+        if self.run is None or not fits or m == 0:
             return None
         run, table, size, scratch, address = self.run, self.table_at, self.scratch, threads.scratch, self.address
-        width = self.pieces[0]
+        width, few = self.pieces[0], m <= BLOCK or m * self.work < self.parallel_work
 
         # both hold the network, which owns what the table points to
         def one(x: Tensor, network: Network = self) -> Tensor | None:
             if x.dtype is not FLOAT or not x.is_cpu or not x.is_contiguous():
                 return None
             y = x.new_empty(*shape)
-            run(table, scratch(size), address(x.data_ptr(), width), 0, m, m, y.data_ptr())
+            if few:
+                run(table, scratch(size), address(x.data_ptr(), width), 0, m, m, y.data_ptr())
+            else:
+                network.rows(address(x.data_ptr(), width), m, y.data_ptr())
             return y
 
         def several(*inputs: Tensor, network: Network = self) -> Tensor | None:
@@ -148,7 +162,7 @@ class Network:
                     return None
                 places += x.data_ptr(), expected[-1]
             y = inputs[0].new_empty(*shape)
-            run(table, scratch(size), address(*places), 0, m, m, y.data_ptr())
+            network.rows(address(*places), m, y.data_ptr())
             return y
 
         return one if len(shapes) == 1 else several
@@ -234,15 +248,7 @@ def fused_mlp(
             places += row.data_ptr(), width if row is x else row.stride(0)
         at = plan.address(*places)
     y = inputs[0].new_empty(*shape)
-    run, table, y_at = plan.run, plan.table_at, y.data_ptr()
-    if m * plan.work < plan.parallel_work or torch.get_num_threads() == 1 or m <= BLOCK:
-        run(table, threads.scratch(plan.scratch), at, 0, m, m, y_at)
-        return y
-
-    def some_rows(start: int, stop: int) -> None:
-        run(table, threads.scratch(plan.scratch), at, start, stop, m, y_at)
-
-    threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+    plan.rows(at, m, y.data_ptr())
     return y
 
 

@@ -1,0 +1,130 @@
+"""The CPU table: compressed MLPs beside every engine a user could pick, rivals in turn, checked before they are timed.
+
+    python benchmarks/cpu.py [--threads N ...] [--quick] [--out FOLDER]
+
+Prints microseconds (median of one call) and, for the best of RewardZip's two forms, its ratio to eager fp32 and to the
+best rival that also rounds to 8 or 16 bits. A result further than 5 % of float64's, in the norm over 256 rows or more,
+gets no time. Writes one JSON object a cell and provider.
+"""
+
+import argparse
+import copy
+import json
+import platform
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from cpu_rivals import RIVALS, Nets, together
+from linear import machine
+from torch import Tensor, nn
+
+import rewardzip as rz
+from rewardzip.timing import interleaved
+
+# widths, activation, members
+NETS = {
+    "23-32-32-1": ((23, 32, 32, 1), nn.ReLU, 1),
+    "24-64-64-1": ((24, 64, 64, 1), nn.ReLU, 1),
+    "23-256-256-1 x 5": ((23, 256, 256, 1), nn.ReLU, 5),
+    "393-256-256-1": ((393, 256, 256, 1), nn.ReLU, 1),
+    "48-512-256-128-1 ELU": ((48, 512, 256, 128, 1), nn.ELU, 1),
+    "125-1024-512-1": ((125, 1024, 512, 1), nn.ReLU, 1),
+    "1024-1024-1024-1": ((1024, 1024, 1024, 1), nn.ReLU, 1),
+    "4096-4096-1": ((4096, 4096, 1), nn.ReLU, 1),
+}
+ROWS = (1, 32, 1024, 65536)
+TOLERANCE = 0.05
+
+# multiply-adds a call: cells beyond take minutes
+WORK = 5e10
+
+
+def make(widths: tuple[int, ...], activation: type[nn.Module], members: int) -> Nets:
+    nets = []
+    for _ in range(members):
+        parts = [part for k, n in pairwise(widths) for part in (nn.Linear(k, n), activation())]
+        nets.append(nn.Sequential(*parts[:-1]).eval().requires_grad_(False))
+    return nets
+
+
+def ours(nets: Nets, config: rz.Int8) -> nn.Module:
+    return rz.swap(nets[0], config) if len(nets) == 1 else rz.fuse_ensemble(nets, config)
+
+
+def cell(nets: Nets, rows: int, threads: int, seconds: float) -> tuple[dict[str, object], dict[str, str]]:
+    """(the timing of each provider that is right, why the others have none)."""
+    many, x = torch.randn(max(rows, 256), nets[0][0].in_features), torch.randn(rows, nets[0][0].in_features)
+    exact = together([copy.deepcopy(net).double() for net in nets])(many[:4096].double())
+    forms = {"int8": ours(nets, rz.Int8()), "int8 x int8": ours(nets, rz.Int8(activations="dynamic"))}
+
+    def engines(batch: Tensor) -> dict[str, object]:
+        made: dict[str, object] = {}
+        for name, (maker, _) in RIVALS.items():
+            try:
+                made[name] = maker(nets, batch, threads)
+            except Exception as error:  # what cannot run here is named in the table's foot
+                left[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return made | {f"rewardzip {name}": lambda form=form: form(batch) for name, form in forms.items()}
+
+    left: dict[str, str] = {}
+    checked = engines(many[:4096])
+    calls = engines(x)
+    for name, call in checked.items():
+        try:
+            error = float((call().reshape(exact.shape).double() - exact).norm() / exact.norm())
+        except Exception as failure:
+            error, left[name] = float("inf"), f"{type(failure).__name__}: {failure}".splitlines()[0]
+        if not error <= TOLERANCE:
+            left.setdefault(name, f"wrong by {error:.2g}")
+            calls.pop(name, None)
+    return interleaved(calls, "cpu", seconds), left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--quick", action="store_true", help="one small network, a moment each")
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for a cell")
+    parser.add_argument("--out", type=Path, help="folder for cpu-N-threads.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    told = {**machine(), "python": platform.python_version()}
+    print("  ".join(f"{k}: {v}" for k, v in told.items()))
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        columns = [*RIVALS, "rewardzip int8", "rewardzip int8 x int8"]
+        heads = (f"{c.removeprefix('rewardzip '):>16}" for c in columns)
+        print(f"\n{threads} thread{'s' * (threads > 1)}, us; times faster than fp32, than the best rival that rounds")
+        print(f"{'network':>21} {'rows':>6}", *heads, "  to fp32  to best")
+        written = []
+        for name in options.nets[: 1 if options.quick else None]:
+            nets = make(*NETS[name])
+            for rows in (1, 32) if options.quick else options.rows:
+                weights = sum(p.numel() for net in nets for p in net.parameters())
+                if rows * weights > WORK:
+                    continue
+                taken, left = cell(nets, rows, threads, 0.2 if options.quick else options.seconds)
+                us = {provider: t.p50 * 1e6 for provider, t in taken.items()}
+                best = min(us[c] for c in columns[-2:])
+                rival = min((us[c] for c, (_, rounds) in RIVALS.items() if rounds and c in us), default=float("nan"))
+                line = (f"{us[c]:16,.1f}" if c in us else f"{'-':>16}" for c in columns)
+                print(f"{name:>21} {rows:>6}", *line, f"{us['fp32'] / best:8.2f}x {rival / best:7.2f}x", flush=True)
+                for provider, t in taken.items():
+                    row = {"op": "mlp", "model": name, "rows": rows, "threads": threads, "provider": provider}
+                    written.append(row | asdict(t) | told)
+                for provider, reason in left.items():
+                    if rows == options.rows[0]:
+                        print(f"{'':>21} {provider}: {reason}")
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in written)
+            (options.out / f"cpu-{threads}-threads.json").write_text(lines)
+
+
+if __name__ == "__main__":
+    main()
