@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .constraints import settle_masked
 from .fuse import is_plain, original_class
 from .models import RewardMLP
 from .nn import CompressedLinear, Int8Linear
@@ -83,6 +84,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     # of a link, what it points to is replaced
     target = Path(folder).resolve()
     _check_target(target)
+    model = settle_masked(model)
     tensors, tied = _tensors(model)
     config = {
         "format": FORMAT,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .constraints import settle_masked
 from .fuse import FusedForward
 from .int8 import Int8
 from .nn import CompressedLinear
@@ -36,6 +37,7 @@ class Explanation(list[Layer]):
 
 def explain(model: nn.Module) -> Explanation:
     """A table of the model's linear layers: what runs them, what is fused, why, and bytes before and after."""
+    model = settle_masked(model)
     fused: dict[str, str] = {}
     launches: dict[str, str] = {}
     ops: dict[str, str] = {}

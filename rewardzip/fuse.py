@@ -13,7 +13,6 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
 from .chain import Chain, Head, Step, Wide, fits, follow, is_head, joined
 from .nn import CompressedLinear, Int8Linear
-from .trace import Misreadable, trace
+from .trace import read
 
 MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.ReLU: lambda m: "relu",
@@ -137,28 +136,10 @@ def is_plain(module: nn.Module) -> bool:
 
 def fuse(module: nn.Module) -> str | None:
     """Rewrite the module's forward where that fuses something; the reason where its code cannot be traced."""
-    kind = type(module)
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if not isinstance(kind.forward, FunctionType) or hasattr(kind.forward, "__wrapped__"):
-        return "its forward is decorated"
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    if not {p.kind for p in parameters} <= {
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.POSITIONAL_ONLY,
-    }:
-        return "its forward takes *args, **kwargs or keyword-only arguments"
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if not all(isinstance(value, str | int | float | None) for value in defaults.values()):
-        return "its forward has defaults that are no plain values"
-    try:
-        graph, again = trace(module, defaults), trace(module, defaults)
-    except Misreadable as error:
-        return str(error)
-    except Exception as error:  # whatever the author's code raises when it meets a proxy
-        return f"torch.fx cannot trace it ({type(error).__name__})"
-    if graph is None or again is None or graph.python_code("self").src != again.python_code("self").src:
-        return "it makes tensors or numbers of its own"
+    found = read(module)
+    if isinstance(found, str):
+        return found
+    graph, defaults = found
     fused = _fold_activations(module, graph)
     chains = _fold_chains(module, graph)
     if fused or chains or _fold_joins(module, graph):

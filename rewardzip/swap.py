@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .constraints import copied as _copy
+from .constraints import settle_masked
 from .fuse import FusedForward, is_plain, unfuse
 from .fuse import fuse as fuse_forward
 from .int8 import Int8
 from .nn import CompressedLinear
 from .nn.base import is_conv1d, is_pruned
 
-Model = TypeVar("Model", bound=nn.Module)
 Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
 
@@ -40,6 +40,8 @@ def swap(
     with one output stay dense unless the config says otherwise; ``explain`` tells of
     each layer what became of it and why.
     """
+    settled = settle_masked(model, inplace=inplace)
+    model, inplace = settled, inplace or settled is not model
     _check_choice(model, "skip", skip)
     _check_choice(model, "filter", filter)
     if config.needs_range and example_inputs is None:
@@ -84,6 +86,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def refresh(fast: nn.Module, model: nn.Module) -> None:
     """Re-pack ``fast`` from the dense ``model`` it was made of, in place; what was left dense is copied too."""
+    model = settle_masked(model)
     pairs = []
     for name, layer in _modules(fast):
         if isinstance(layer, CompressedLinear):
@@ -191,16 +194,6 @@ def _check_choice(model: nn.Module, kind: str, choice: Choice | None) -> None:
     for pattern in [choice] if isinstance(choice, str) else choice:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"swap: {kind} {pattern!r} matches no linear layer; there are {', '.join(names)}")
-
-
-def _copy(model: Model, memo: dict[int, Any] | None = None) -> Model:
-    """A deep copy, also of tensors computed from parameters, such as the weight of a layer under a pruning mask."""
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _input_ranges(model: nn.Module, chosen: dict[nn.Linear, list[str]], example_inputs: Any) -> dict[str, float]:

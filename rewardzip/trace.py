@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from functools import lru_cache
 from itertools import pairwise
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -32,6 +32,33 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+def read(module: nn.Module) -> tuple[fx.Graph, dict[str, Any]] | str:
+    """(the graph of the module's own code, the defaults it was read with), or the reason why there is none."""
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if not isinstance(kind.forward, FunctionType) or hasattr(kind.forward, "__wrapped__"):
+        return "its forward is decorated"
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if not {p.kind for p in parameters} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.POSITIONAL_ONLY,
+    }:
+        return "its forward takes *args, **kwargs or keyword-only arguments"
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if not all(isinstance(value, str | int | float | None) for value in defaults.values()):
+        return "its forward has defaults that are no plain values"
+    try:
+        graph, again = trace(module, defaults), trace(module, defaults)
+    except Misreadable as error:
+        return str(error)
+    except Exception as error:  # whatever the author's code raises when it meets a proxy
+        return f"torch.fx cannot trace it ({type(error).__name__})"
+    if graph is None or again is None or graph.python_code("self").src != again.python_code("self").src:
+        return "it makes tensors or numbers of its own"
+    return graph, defaults
 
 
 def trace(module: nn.Module, defaults: dict[str, Any]) -> fx.Graph | None:

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from rewardzip_kernels.registration import nobody_listens
@@ -151,5 +152,5 @@ def is_pruned(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> TypeGuard[nn.Linear]:
     """transformers' Conv1D (GPT-2): a linear layer in all but its weight, which is stored [in, out]."""
-    kind = type(module)
+    kind = parametrize.type_before_parametrizations(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
