@@ -192,6 +192,23 @@ def test_conv1d_of_transformers():
         assert ((weight.t().reshape(16, 2, 4) != 0).sum(-1) == 2).all()
 
 
+def test_every_linear_layer_of_a_language_model_reward():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 32}
+    config = transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=0)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    tokens = torch.randint(1, 32, (64, 8))
+    before = model(tokens).logits
+    for importance in ("magnitude", "second-order"):
+        pruned = rz.prune(model, rz.Prune("2:4", importance=importance), rz.Data((tokens,)))
+        shares = [
+            float((m.weight == 0).float().mean()) for n, m in pruned.named_modules() if n.endswith(("c_attn", "c_fc"))
+        ]
+        assert shares == [0.5, 0.5]
+        assert pruned(tokens).logits.isfinite().all()
+    assert torch.equal(model(tokens).logits, before)
+
+
 # masks hold
 
 OPTIMISERS = {
