@@ -117,20 +117,18 @@ def cells(seed: int, patterns: list[str]):
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Means over the seeds; behind the fine-tuned, the worst seed."""
-    rows = [
-        "| pattern | gone | random | L1 | second order | fine-tuned | worst seed |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Means over the seeds, the worst of the fine-tuned, and how many there were; -: a layer would be left empty."""
+    head = ("pattern", "gone", "random", "L1", "second order", "fine-tuned", "worst seed", "seeds")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for pattern in PATTERNS:
         for amount in AMOUNTS:
             here = [line for line in lines if (line["pattern"], line.get("amount")) == (pattern, amount)]
-            found = {how: [c["agreement"] for c in here if c["how"] == how and "agreement" in c] for how in HOW}
             if here:
-                shown = [f"{sum(v) / len(v):.3f}" if v else "-" for v in found.values()]
-                tuned = found[HOW[-1]]
+                found = {how: [c.get("agreement") for c in here if c["how"] == how] for how in HOW}
+                means = [f"{sum(v) / len(v):.3f}" if v and None not in v else "-" for v in found.values()]
+                tuned = [a for a in found[HOW[-1]] if a is not None]
                 worst = f"{min(tuned):.3f}" if tuned else "-"
-                rows.append(f"| {pattern} | {amount:.0%} | {' | '.join(shown)} | {worst} |")
+                rows.append(f"| {pattern} | {amount:.0%} | {' | '.join(means)} | {worst} | {len(found[HOW[-1]])} |")
     return "\n".join(rows)
 
 
