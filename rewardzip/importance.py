@@ -62,5 +62,5 @@ def keep_of_each(scores: Tensor, kept: int, of: int) -> Tensor:
 
 
 def relative(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores made comparable between layers: each layer's have the same norm."""
-    return {name: s / s.norm().clamp_min(1e-300) for name, s in scores.items()}
+    """Scores made comparable between layers, by their root mean square."""
+    return {name: s / s.square().mean().sqrt().clamp_min(1e-300) for name, s in scores.items()}

@@ -249,6 +249,26 @@ def test_of_two_equal_neurons_one_goes_for_nothing():
     assert (small(x) - model(x)).std() < 0.2 * (by_size(x) - model(x)).std()
 
 
+def test_neurons_that_only_an_unfelt_layer_reads_go_first():
+    model, x = mlp(16, 16, 2, activation=nn.Tanh, outputs=1), torch.randn(600, 16)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16))
+        model[2].weight.copy_(torch.tensor([[1.0] * 8 + [0.0] * 8, [0.0] * 8 + [2.0] * 8]) / 4)
+        model[4].weight.copy_(torch.tensor([[1.0, 1e-3]]))
+    small = rz.prune(model, rz.Prune("neurons", 0.5, importance="second-order", skip="2"), x)
+    assert torch.equal(small[0].weight, model[0].weight[:8])
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+def test_over_the_whole_model_layers_of_another_scale_compare(importance):
+    model, x = mlp(6, 32, 32), torch.randn(100, 6)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+        model[4].weight.mul_(1e-3)
+    small = rz.prune(model, rz.Prune("neurons", 0.5, importance=importance, scope="model"), x)
+    assert min(widths(small)[:2]) >= 8
+
+
 def test_over_the_whole_model_each_layer_keeps_one():
     model = mlp(6, 16, 16)
     with torch.no_grad():

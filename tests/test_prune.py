@@ -61,6 +61,12 @@ def test_over_the_whole_model_the_smaller_layer_gives_more():
     assert total == pytest.approx(0.5, abs=0.002)
 
 
+def test_over_the_whole_model_inputs_of_another_scale_compare():
+    step = rz.Prune("unstructured", 0.5, importance="activation", scope="model")
+    shares = zeros(rz.prune(mlp(12, 16, 16, activation=nn.Tanh), step, 1e-3 * rows()))
+    assert all(0.2 < share < 0.8 for share in shares.values())
+
+
 def test_a_threshold_takes_what_is_below_it():
     model = mlp(12, 16)
     pruned = rz.prune(model, rz.Prune("unstructured", threshold=0.1))
