@@ -228,6 +228,7 @@ OPTIMISERS = {
 def test_a_masked_model_trains_and_stays_masked(optimiser):
     model = rz.prune(mlp(12, 16, 16), rz.Prune("unstructured", 0.6))
     masks = [m.weight == 0 for m in model[::2]]
+    assert all(mask.sum() == round(0.6 * mask.numel()) for mask in masks)
     before, optim, x = model[0].weight.clone(), OPTIMISERS[optimiser](model.parameters()), rows()
     for _ in range(20):
         optim.zero_grad()
@@ -245,6 +246,7 @@ def test_a_masked_model_trains_and_stays_masked(optimiser):
 def test_fit_trains_under_masks():
     model = rz.prune(rz.RewardMLP(3, 2, (32,)), rz.Prune("block", 0.5, block=(8, 1)))
     gone = model.net[0].weight == 0
+    assert gone.sum() == 80
     s, a = torch.randn(256, 3), torch.randn(256, 2)
     losses = rz.fit(model, (s, a, s[:, 0] * a[:, 0]), steps=100, learning_rate=1e-2, progress=False)
     assert losses[-1] < losses[0]
