@@ -12,7 +12,7 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit launch-cost bench bench-cpu gpu clean
+.PHONY: demo test lint audit evidence launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
@@ -27,6 +27,9 @@ lint: $(VENV)/ready
 
 audit: $(VENV)/ready
 	$(BIN)/python -m rewardzip_kernels.audit
+
+evidence: $(VENV)/ready
+	$(BIN)/python benchmarks/static_evidence.py --write docs/static-evidence.md
 
 launch-cost: $(VENV)/ready
 	$(BIN)/python benchmarks/launch_cost.py

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -148,13 +148,20 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"fused_mlp {m} x {layers}{details}", partial(_mlp, layers, m, **options)
 
 
-def recorded(case: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches of a host call: (kernel, arguments, options), nothing run."""
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def recorded(case: Callable[[], object]) -> list[Launch]:
+    """The launches of a host call, nothing run."""
     from .gpu import launch
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[Launch] = []
     before = launch.off_gpu
-    launch.off_gpu = lambda kernel, grid, args, options: launches.append((kernel, args, options))
+    launch.off_gpu = lambda *told: launches.append(Launch(*told))
     try:
         case()
     finally:
@@ -239,7 +246,7 @@ def _instructions(compiled: Any) -> str:
 
 def rows_of(case: str, target: str) -> list[Row]:
     rows = []
-    for kernel, args, options in recorded(dict(cases())[case]):
+    for kernel, _, args, options in recorded(dict(cases())[case]):
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
         tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(SIZES)}

@@ -2,7 +2,8 @@
 
 Absolute error against float64 on top of fp32 rounding, as the tests hold it: tanh, sigmoid, silu, elu, gelu_tanh and
 mish at most 4 * 2^-24 * max(1, |x|) (their ``exp`` is the hardware's, good to 2 units in the last place); gelu the
-same through ``erf``; relu and leaky_relu exact. NaN stays NaN in all of them: comparisons pick, ``maximum`` would not.
+same through ``erf``; relu and leaky_relu exact. NaN stays NaN in all of them: comparisons pick,
+or a ``maximum`` that is told to pass NaN on, which is one instruction where a comparison and a choice are two.
 """
 
 import triton
@@ -30,7 +31,7 @@ def _softplus(x):
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
     if ACTIVATION == "relu":
-        x = tl.where(x < 0, 0.0, x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
         x = tl.where(x < 0, x * PARAMETER, x)
     elif ACTIVATION == "elu":
