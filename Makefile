@@ -12,7 +12,7 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit evidence launch-cost bench bench-cpu gpu clean
+.PHONY: demo test lint audit docs evidence launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
@@ -27,6 +27,10 @@ lint: $(VENV)/ready
 
 audit: $(VENV)/ready
 	$(BIN)/python -m rewardzip_kernels.audit
+
+docs: $(VENV)/ready
+	$(BIN)/python benchmarks/plots.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 evidence: $(VENV)/ready
 	$(BIN)/python benchmarks/static_evidence.py --write docs/static-evidence.md
@@ -49,7 +53,7 @@ gpu: $(if $(DRY),$(VENV)/ready)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,build]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,docs,build]"
 	touch $@
 
 clean:
