@@ -12,7 +12,7 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit docs evidence launch-cost bench bench-cpu gpu clean
+.PHONY: demo test lint audit soak docs evidence launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
@@ -27,6 +27,11 @@ lint: $(VENV)/ready
 
 audit: $(VENV)/ready
 	$(BIN)/python -m rewardzip_kernels.audit
+
+# the robustness run, for so many seconds
+SECONDS ?= 600
+soak: $(VENV)/ready
+	PYTHONPATH=.:kernels:tests $(BIN)/python tests/soak.py --seconds $(SECONDS)
 
 docs: $(VENV)/ready
 	$(BIN)/python benchmarks/plots.py

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Everything a GPU is wanted for, in one command and one folder; no network, whatever torch and Triton are there.
-#   benchmarks/gpu.sh OUT [PART ...]     parts: tests sanitizer launch bench        DRY=1: tiny, on the interpreter
+#   benchmarks/gpu.sh OUT [PART ...]     DRY=1: every step at tiny shapes, on the interpreter
+# parts: machine tests launch bench sanitizer, under 8 minutes by their limits; by name: compiled, evidence
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 shift
-parts=${*:-tests launch sanitizer bench}
+parts=${*:-machine tests launch bench sanitizer${DRY:+ evidence}}
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 dry=${DRY:-0}
 status=0
 
-step() { # name, command...: run it, keep its output, remember a failure
-  local name=$1
-  shift
+step() { # name, seconds, command...: run it for at most that long, keep its output, remember a failure
+  local name=$1 limit=$2
+  shift 2
   echo "== $name"
-  if ! "$@" 2>&1 | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-40}"; then
+  if ! timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-40}"; then
     status=1
     echo "== $name FAILED"
   fi
@@ -24,32 +25,44 @@ step() { # name, command...: run it, keep its output, remember a failure
 
 for part in $parts; do
   case $part in
-  tests)
-    ops="tests/test_int8_linear.py tests/test_int8_dynamic_linear.py tests/test_quantize_rows.py tests/test_mutants.py"
-    ops="$ops tests/test_fused_mlp.py tests/test_reward_head.py tests/test_capture.py"
-    [ "$dry" = 1 ] && ops="tests/test_quantize_rows.py"
-    step tests "$python" -m pytest -q -p no:cacheprovider $ops
+  machine)
+    step machine 20 "$python" -m rewardzip doctor
+    command -v nvidia-smi >/dev/null && step nvidia-smi 10 nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE
     ;;
-  launch) step launch "$python" benchmarks/launch_cost.py ;;
+  tests)
+    ops="tests"
+    [ "$dry" = 1 ] && ops="tests/test_quantize_rows.py"
+    step tests 180 "$python" -m pytest -q -p no:cacheprovider $ops
+    ;;
+  launch) step launch 30 "$python" benchmarks/launch_cost.py ;;
+  bench)
+    if [ "$dry" = 1 ]; then
+      step linear 60 "$python" benchmarks/linear.py --quick --no-compile --out "$out"
+      step models 60 "$python" benchmarks/models.py --quick --no-compile --out "$out"
+    else
+      step models 90 "$python" benchmarks/models.py --rows 1 16 256 4096 65536 1048576 --no-compile --out "$out"
+      step linear 60 "$python" benchmarks/linear.py --no-compile --out "$out"
+    fi
+    ;;
+  compiled) # torch.compile's columns take minutes to compile: asked for by name
+    step models-compiled 400 "$python" benchmarks/models.py --rows 1 256 4096 65536 --out "$out/compiled"
+    ;;
   sanitizer)
     if [ "$dry" = 1 ]; then
-      step small_shapes env TRITON_INTERPRET=1 "$python" benchmarks/small_shapes.py
+      step small_shapes 100 env TRITON_INTERPRET=1 "$python" benchmarks/small_shapes.py
     elif command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
-        step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/small_shapes.py
+        step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/small_shapes.py
       done
     else
       echo "== sanitizer: compute-sanitizer is not installed" | tee "$out/sanitizer.log"
     fi
     ;;
-  bench)
-    if [ "$dry" = 1 ]; then
-      step linear "$python" benchmarks/linear.py --quick --no-compile --out "$out"
-      step models "$python" benchmarks/models.py --quick --no-compile --out "$out"
-    else
-      step models "$python" benchmarks/models.py --rows 1 64 4096 65536 1048576 --out "$out"
-      step linear "$python" benchmarks/linear.py --out "$out"
-    fi
+  evidence)
+    # what this machine's Triton makes of the kernels, beside the committed table
+    case="int8_linear 16x"
+    [ "$dry" = 1 ] || case=""
+    step evidence 90 env -u TRITON_INTERPRET "$python" benchmarks/static_evidence.py --target sm_90 --case "$case"
     ;;
   *)
     echo "gpu.sh: no part called $part" >&2
