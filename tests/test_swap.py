@@ -769,3 +769,13 @@ def test_a_settled_layer_notices_every_change(change, rows):
     for odd in (x.double().float()[:, :13].t().contiguous().t(), x[:0], x.half(), x.clone().requires_grad_()):
         torch.testing.assert_close(layer(odd, "relu"), layer.compute(odd, "relu"))
     assert layer(x.clone().requires_grad_(), "relu").requires_grad
+
+
+@pytest.mark.parametrize("rows", ["float", "dynamic"])
+def test_a_layer_that_has_run_is_refreshed(rows):
+    """The CPU kernels keep packed weights: found by the soak, which got the old layer's answers."""
+    first, second = (nn.Linear(31, 3).requires_grad_(False) for _ in range(2))
+    layer, x = Int8Linear.from_linear(first, rows=rows), torch.randn(64, 31)
+    layer(x)
+    layer.refresh(second)
+    assert torch.equal(layer(x), Int8Linear.from_linear(second, rows=rows)(x))
