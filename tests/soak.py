@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from soak_models import agree, random_inputs, random_model, within_bound
+from soak_models import agree, random_inputs, random_model, stands_for, within_bound
 
 import rewardzip as rz
 
@@ -52,12 +52,14 @@ def life(dice: random.Random) -> None:
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     skip = [dice.choice(names)] if len(names) > 1 and dice.random() < 0.3 else []
     fast = swapped(model, config, many, skip)
+    stands_for(fast, model)
     for rows in (dice.choice((1, 2, 3, 5)), dice.choice((17, 64, 130))):
         inputs = random_inputs(dice, model, rows)
         within_bound(fast, fast(*inputs), inputs, "swapped")
         if model.dtype == torch.float32:
             dense = rz.restore(fast)
             within_bound(dense, dense(*inputs), inputs, "restored")
+            stands_for(dense, model)
     agree(model.state_dict(), before, "swap changed the original")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +71,14 @@ def life(dice: random.Random) -> None:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     rz.refresh(fast, model)
+    stands_for(fast, model)
     within_bound(fast, fast(*inputs), inputs, "refreshed")
     if config.activations != "static":
         agree(fast(*inputs), swapped(model, config, many, skip)(*inputs), "refreshed, against swapped anew")
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.mul_(1.5)
+    within_bound(fast, fast(*inputs), inputs, "its dense layers changed in place")
 
 
 def threads(dice: random.Random) -> None:

@@ -113,6 +113,18 @@ def agree(found: Any, expected: Any, what: str) -> None:
     assert torch.equal(found, expected), f"{what}: {worst} apart"
 
 
+def stands_for(fast: nn.Module, model: nn.Module) -> None:
+    """Every layer's numbers are those of the dense model: weights within half a step, all else as it was."""
+    for name, layer in fast.named_modules():
+        if isinstance(layer, (CompressedLinear, nn.Linear)):
+            source = model.get_submodule(name)
+            step = source.weight.double().abs().amax(1, keepdim=True) / 127
+            moved = (_numbers(layer, source.weight.dtype)[0] - source.weight.double()).abs()
+            assert (moved <= 0.501 * step + 1e-30).all(), f"{name}: a weight is {moved.max()} away"
+            if source.bias is not None:
+                agree(layer.bias, source.bias, f"{name}: bias")
+
+
 def within_bound(fast: nn.Module, y: Tensor, inputs: tuple[Tensor, ...], what: str) -> None:
     ref, bound = _exact(fast, inputs)
     try:
