@@ -103,8 +103,8 @@ def test_three_values_a_row():
 @pytest.mark.parametrize("missing", ["gymnasium", "pytorch_mppi", "matplotlib"])
 def test_without_a_package_the_extra_is_named(missing, monkeypatch, shown, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)
+    call = fly, (rz.RewardMLP(3, 1), Dynamics(), 0)
+    if missing == "matplotlib":
+        call = write_page, (tmp_path / "demo.html", shown[0], torch.zeros(3), Table())
     with pytest.raises(ImportError, match=r"pip install 'rewardzip\[rl,report\]'"):
-        if missing == "matplotlib":
-            write_page(tmp_path / "demo.html", shown[0], torch.zeros(3), Table())
-        else:
-            fly(rz.RewardMLP(3, 1), Dynamics(), 0)
+        call[0](*call[1])

@@ -38,6 +38,17 @@ class CompressedLinear(nn.Module):
     changes: int = 0
     """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
 
+    policy: str = ""
+    """The policy of stable-baselines3 that the layer is in, see ``refuse_training``."""
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.policy:
+            raise ValueError(
+                f"{self.policy} is about to be trained, but its layers are compressed and do not learn: train a dense "
+                "policy, after policy.load_state_dict(rz.restore(fast).state_dict())"
+            )
+        return super().train(mode)
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         self._changed()
@@ -109,6 +120,15 @@ class CompressedLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias)
         return linear.train(self.training)
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        errors = arguments[-1]
+        if f"{prefix}weight" in state:
+            errors.append(
+                f"{prefix.rstrip('.')!r} is compressed, the state dict has a dense weight for it: load that into the "
+                "dense model, then rz.swap or rz.refresh"
+            )
+        super()._load_from_state_dict(state, prefix, *arguments)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
         probe = next(b for b in before.values() if b is not None)
@@ -120,6 +140,20 @@ class CompressedLinear(nn.Module):
             if exact is not None and moved is not None and moved.dtype != exact.dtype:
                 self._buffers[name] = exact.to(moved.device)
         return self
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Let stable-baselines3 fail where it would pass compressed layers over in silence: when it starts to train them.
+
+    What it trains it finds by ``parameters()``, which compressed layers have none of.
+    """
+    # the outermost one gives its name
+    for policy in reversed(list(model.modules())):
+        kinds = {(kind.__module__, kind.__name__) for kind in type(policy).__mro__}
+        if ("stable_baselines3.common.policies", "BaseModel") in kinds:
+            for layer in policy.modules():
+                if isinstance(layer, CompressedLinear):
+                    layer.policy = type(policy).__name__
 
 
 def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
