@@ -17,7 +17,8 @@ from .fuse import FusedForward, is_plain, unfuse
 from .fuse import fuse as fuse_forward
 from .int8 import Int8
 from .nn import CompressedLinear
-from .nn.base import is_conv1d, is_pruned, refuse_training
+from .nn.base import is_conv1d, is_pruned
+from .refusals import allow_saving, refuse_what_fails
 
 Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
@@ -62,7 +63,7 @@ def swap(
     else:
         # the copy finds each replaced layer copied already
         model = _copy(model, {id(linear): layer for linear, layer in made.items()})
-    refuse_training(model)
+    refuse_what_fails(model)
     notes = fuse_forwards(model) if fuse else {}
     if not chosen:
         warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
@@ -80,6 +81,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, layer in _modules(model):
         if isinstance(layer, FusedForward):
             unfuse(layer)
+        allow_saving(layer)
         if isinstance(layer, CompressedLinear):
             dense[name] = made.setdefault(id(layer), layer.to_linear())
     if inplace and dense and (owners := _optimizer_owners(model)):

@@ -6,14 +6,15 @@ from integrations import run_section
 
 import rewardzip as rz
 
-pytestmark = pytest.mark.clients
-gymnasium = pytest.importorskip("gymnasium")
-stable_baselines3 = pytest.importorskip("stable_baselines3")
+pytest.importorskip("stable_baselines3")
 
+import gymnasium
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from rewardzip.demo.candidates import rounded_to_three
+
+pytestmark = pytest.mark.clients
 
 
 def returned(policy, environment, episodes=20):

@@ -39,7 +39,7 @@ class CompressedLinear(nn.Module):
     """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
 
     policy: str = ""
-    """The policy of stable-baselines3 that the layer is in, see ``refuse_training``."""
+    """The policy of stable-baselines3 that the layer is in: see ``refusals.py``."""
 
     def train(self, mode: bool = True) -> Self:
         if mode and self.policy:
@@ -140,20 +140,6 @@ class CompressedLinear(nn.Module):
             if exact is not None and moved is not None and moved.dtype != exact.dtype:
                 self._buffers[name] = exact.to(moved.device)
         return self
-
-
-def refuse_training(model: nn.Module) -> None:
-    """Let stable-baselines3 fail where it would pass compressed layers over in silence: when it starts to train them.
-
-    What it trains it finds by ``parameters()``, which compressed layers have none of.
-    """
-    # the outermost one gives its name
-    for policy in reversed(list(model.modules())):
-        kinds = {(kind.__module__, kind.__name__) for kind in type(policy).__mro__}
-        if ("stable_baselines3.common.policies", "BaseModel") in kinds:
-            for layer in policy.modules():
-                if isinstance(layer, CompressedLinear):
-                    layer.policy = type(policy).__name__
 
 
 def check_source(kind: str, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
