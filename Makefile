@@ -12,13 +12,23 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit launch-cost bench bench-cpu gpu clean
+.PHONY: demo test test-imitation lint audit launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# imitation 1.0.1 needs older packages than the others: an environment of its own
+test-imitation: .venv-imitation/ready
+	PYTHONPATH=.:kernels .venv-imitation/bin/python -m pytest -W default tests/imitation_client.py
+
+.venv-imitation/ready: tests/imitation-constraints.txt
+	test -d .venv-imitation || $(PYTHON) -m venv .venv-imitation
+	.venv-imitation/bin/python -m pip install --quiet -c tests/imitation-constraints.txt \
+		imitation torch numba safetensors rich typer pytest
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -50,4 +60,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-imitation dist out .pytest_cache .mypy_cache .ruff_cache
