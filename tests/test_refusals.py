@@ -1,15 +1,55 @@
-"""Policies of stable-baselines3: what cannot work on a swapped one says so. Training them is in test_client_sb3.py."""
+"""What cannot work on a swapped model in the package it comes from says so. Training is in the tests of clients."""
 
 import pytest
 import torch
+from torch import nn
 
 import rewardzip as rz
 
-pytest.importorskip("gymnasium")
-stable_baselines3 = pytest.importorskip("stable_baselines3")
+
+class PreTrainedModel(nn.Module):
+    """As transformers has it, as far as saving goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.score(x)
+
+    def save_pretrained(self, folder):
+        return f"saved in {folder}"
+
+
+PreTrainedModel.__module__ = "transformers.modeling_utils"
+
+
+class Reward(PreTrainedModel):
+    pass
+
+
+def test_save_pretrained_refuses_until_restored(tmp_path):
+    dense = Reward()
+    fast = rz.swap(dense, rz.Int8())
+    rz.save(fast, tmp_path / "reward")
+    for swapped in (fast, rz.load(tmp_path / "reward", into=Reward()), rz.swap(Reward(), rz.Int8(), fuse=False)):
+        with pytest.raises(ValueError, match="from_pretrained would fill with random weights"):
+            swapped.save_pretrained("folder")
+        assert rz.restore(swapped).save_pretrained("folder") == "saved in folder"
+    x = torch.randn(3, 4)
+    assert torch.equal(rz.load(tmp_path / "reward", into=Reward())(x), fast(x))
+    assert dense.save_pretrained("folder") == "saved in folder"
+
+    def own(folder):
+        return "by another"
+
+    fast.__dict__["save_pretrained"] = own
+    assert rz.restore(fast).save_pretrained("folder") == "by another"
 
 
 def algorithm(name="DQN"):
+    pytest.importorskip("gymnasium")
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
     environment = {"DQN": "CartPole-v1", "SAC": "Pendulum-v1"}[name]
     settings = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 10, "device": "cpu", "buffer_size": 100}
     return getattr(stable_baselines3, name)("MlpPolicy", environment, **settings)
