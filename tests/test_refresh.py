@@ -1,5 +1,7 @@
 """A refreshed model computes what one swapped anew does, also after it has been called: nothing old is kept."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -20,8 +22,7 @@ MODELS = {
 
 
 def mlp(widths, bias):
-    pairs = zip(widths, widths[1:], strict=False)
-    layers = [part for pair in pairs for part in (nn.Linear(*pair, bias=bias), nn.ReLU())]
+    layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair, bias=bias), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
