@@ -29,7 +29,7 @@ def main(
     *,
     rows: int = 20_000,
     training_steps: int = 2_000,
-    seeds: int = 6,
+    seeds: int = 5,
     episode_steps: int = 200,
 ) -> list[Candidate]:
     """Print the comparison and write it as a page; about a minute on two cores."""
