@@ -76,7 +76,11 @@ def test_an_episode_is_fixed_by_its_seed():
     torch.manual_seed(1)
     reward, dynamics = rz.RewardMLP(3, 1, (8,)), Dynamics(8)
     before = torch.get_rng_state()
-    first, again = (fly(reward, dynamics, seed=3, steps=4, samples=8, horizon=3) for _ in range(2))
+    first = fly(reward, dynamics, seed=3, steps=4, samples=8, horizon=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = fly(reward, dynamics, seed=3, steps=4, samples=8, horizon=3)
     assert first.angles == again.angles
     assert torch.equal(torch.get_rng_state(), before)
     assert fly(reward, dynamics, seed=4, steps=4, samples=8, horizon=3).angles != first.angles
@@ -90,6 +94,7 @@ def test_transitions_are_pendulums_own():
     assert torch.allclose(reward, formula, atol=1e-4)
     assert angle.abs().min() < 0.2
     assert angle.abs().max() > 3
+    assert state[::20, 2].abs().max() > 6, "episodes start at any speed"
     assert (state[1:20] == after[:19]).all(), "within an episode the next row starts where this one ended"
 
 
