@@ -77,7 +77,7 @@ def test_reward_ensemble(ensemble, rows):
     assert np.corrcoef(swapped_variance, variance)[0, 1] > 0.9, "where the members disagree is kept"
 
 
-def ppo_against(reward, seed=0, steps=40_000):
+def ppo_against(reward, seed=0, steps=32_000):
     """The return in the real Pendulum of PPO that has only seen ``reward``."""
     environments = DummyVecEnv([lambda: gymnasium.make("Pendulum-v1") for _ in range(4)])
     environments = RewardVecEnvWrapper(environments, reward.predict_processed)
