@@ -12,13 +12,23 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit soak docs evidence launch-cost bench bench-cpu gpu clean
+.PHONY: demo test test-imitation lint audit soak docs evidence launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# imitation 1.0.1 needs older packages than the others: an environment of its own
+test-imitation: .venv-imitation/ready
+	PYTHONPATH=.:kernels .venv-imitation/bin/python -m pytest -W default tests/imitation_client.py
+
+.venv-imitation/ready: tests/imitation-constraints.txt
+	test -d .venv-imitation || $(PYTHON) -m venv .venv-imitation
+	.venv-imitation/bin/python -m pip install --quiet -c tests/imitation-constraints.txt \
+		imitation torch numba safetensors rich typer pytest
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -58,8 +68,8 @@ gpu: $(if $(DRY),$(VENV)/ready)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,docs,build]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,report,test,bench,lint,docs,build]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-imitation dist out .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ from .fuse import is_plain, original_class
 from .models import RewardMLP
 from .nn import CompressedLinear, Int8Linear
 from .nn.base import is_conv1d
+from .refusals import refuse_what_fails
 from .swap import fuse_forwards, put
 
 FORMAT, VERSION = "rewardzip", 1
@@ -133,6 +134,7 @@ def load(
         _check_skeleton(into, layers, tensors, source)
         model = put(into, {name: make(into.get_submodule(name).weight.device) for name, make in layers.items()})
         model.load_state_dict(tensors)
+        refuse_what_fails(model)
     fuse_forwards(model)
     return model.eval() if device is None else model.eval().to(device)
 

@@ -12,11 +12,11 @@ app = typer.Typer(help="Smaller, faster reward models, and what it cost.", no_ar
 
 
 @app.command()
-def demo() -> None:
-    """Learn Pendulum's reward, swap its layers, print fidelity and timing beside fp32 and AMP."""
+def demo(page: Annotated[Path, typer.Option(help="where the page of plots goes")] = Path("out/demo.html")) -> None:
+    """Learn Pendulum's reward and dynamics, compress the reward, plan with both: returns, times, a page of plots."""
     from .demo import main
 
-    main()
+    main(page)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from .fuse import fuse as fuse_forward
 from .int8 import Int8
 from .nn import CompressedLinear
 from .nn.base import is_conv1d, is_pruned
+from .refusals import allow_saving, refuse_what_fails
 
 Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
@@ -62,6 +63,7 @@ def swap(
     else:
         # the copy finds each replaced layer copied already
         model = _copy(model, {id(linear): layer for linear, layer in made.items()})
+    refuse_what_fails(model)
     notes = fuse_forwards(model) if fuse else {}
     if not chosen:
         warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
@@ -79,8 +81,12 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, layer in _modules(model):
         if isinstance(layer, FusedForward):
             unfuse(layer)
+        allow_saving(layer)
         if isinstance(layer, CompressedLinear):
             dense[name] = made.setdefault(id(layer), layer.to_linear())
+    if inplace and dense and (owners := _optimizer_owners(model)):
+        message = f"the optimizer of {', '.join(owners)} does not know the restored layers; make it anew to train them"
+        warnings.warn(message, UserWarning, stacklevel=2)
     return put(model, dense)
 
 
@@ -178,6 +184,15 @@ def reason_to_leave(
     if not is_plain(linear) and not is_pruned(linear):
         return "it has hooks"
     return None
+
+
+def _optimizer_owners(model: nn.Module) -> list[str]:
+    """Modules that keep the optimizer of their parameters, as the policies of stable-baselines3 do."""
+
+    def owns(module: nn.Module) -> bool:
+        return any(isinstance(value, torch.optim.Optimizer) for value in vars(module).values())
+
+    return [type(module).__name__ for module in model.modules() if owns(module)]
 
 
 def _matches(choice: Choice, module: nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ on every device. A row that holds an inf or a NaN gets the scale NaN and integer
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .loading import implementation
 
@@ -23,6 +24,7 @@ def quantize_rows(
     """x [R, K] in fp32, fp16 or bf16 -> (q [R, K] int8, scale [R] fp32); ``out``: the same pair, written in place."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"quantize_rows takes a matrix of floats, got {x.dtype} of shape {tuple(x.shape)}")
+    given = out is not None
     if out is None:
         out = (
             torch.empty(x.shape, dtype=torch.int8, device=x.device),
@@ -35,8 +37,9 @@ def quantize_rows(
     if x.device.type in ("cpu", "cuda"):
         run = implementation("gpu" if x.is_cuda else "cpu", "quantize_rows", run)
     run(x, static_scale, *out)
-    # kernels write behind torch's back, but whoever packed the old numbers must learn of it
-    torch.autograd.graph.increment_version([t for t in out if not t.is_inference()])
+    if given:
+        # kernels write to memory past torch, and what was packed from these tensors before must be packed again
+        increment_version([t for t in out if not t.is_inference()])
     return out
 
 

@@ -38,6 +38,17 @@ class CompressedLinear(nn.Module):
     changes: int = 0
     """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
 
+    policy: str = ""
+    """The policy of stable-baselines3 that the layer is in: see ``refusals.py``."""
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.policy:
+            raise ValueError(
+                f"{self.policy} is about to be trained, but its layers are compressed and do not learn: train a dense "
+                "policy, after policy.load_state_dict(rz.restore(fast).state_dict())"
+            )
+        return super().train(mode)
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         self._changed()
@@ -108,6 +119,15 @@ class CompressedLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias)
         return linear.train(self.training)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        errors = arguments[-1]
+        if f"{prefix}weight" in state:
+            errors.append(
+                f"{prefix.rstrip('.')!r} is compressed, the state dict has a dense weight for it: load that into the "
+                "dense model, then rz.swap or rz.refresh"
+            )
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
