@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .constraints import settle_masked
 from .fuse import is_plain, original_class
-from .models import RewardMLP
-from .nn import CompressedLinear, Int8Linear
+from .models import MLP, RewardMLP
+from .nn import CompressedLinear, GridLinear, Int8Linear, SharedLinear
 from .nn.base import is_conv1d
+from .packing import pack, packed_bytes, unpack
 from .refusals import refuse_what_fails
 from .swap import fuse_forwards, put
 
@@ -38,13 +39,16 @@ class CheckpointError(ValueError):
 
 # what a config may name: how to build it, and the attributes that are its arguments. Nothing else is ever constructed.
 LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
-    "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype")),
+    "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype", "bits")),
+    "GridLinear": (GridLinear, ("in_features", "out_features", "bias", "bits", "group", "dtype")),
+    "SharedLinear": (SharedLinear, ("in_features", "out_features", "bias", "entries", "dtype")),
 }
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
     for kind, fields in (
         (nn.Sequential, ()),
         (RewardMLP, ("state_dim", "action_dim", "hidden")),
+        (MLP, ("inputs", "hidden", "outputs")),
         (nn.Linear, ("in_features", "out_features", "bias")),
         (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine", "bias")),
         (nn.Dropout, ("p",)),
@@ -69,7 +73,9 @@ def _is_number(value: Any) -> bool:
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("in_features", "out_features", "state_dim", "action_dim"), _is_size),
-    **dict.fromkeys(("hidden", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
+    **dict.fromkeys(("bits", "entries", "group"), lambda v: _is_size(v) and v > 0),
+    "outputs": lambda v: v is None or _is_size(v),
+    **dict.fromkeys(("hidden", "inputs", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
     **dict.fromkeys(("start_dim", "end_dim"), lambda v: type(v) is int),
     **dict.fromkeys(("bias", "elementwise_affine"), lambda v: type(v) is bool),
     **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
@@ -87,6 +93,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_target(target)
     model = settle_masked(model)
     tensors, tied = _tensors(model)
+    _pack_codes(model, tensors)
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -230,7 +237,10 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
         return layer
 
-    for buffer, expected in make("meta").state_dict(prefix=f"{name}." if name else "").items():
+    blank = make("meta")
+    if isinstance(blank, Int8Linear) and blank.bits < 8:
+        _unpack_codes(f"{name}.int8_weight".lstrip("."), blank, tensors, where)
+    for buffer, expected in blank.state_dict(prefix=f"{name}." if name else "").items():
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
@@ -238,6 +248,36 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
                 f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
     return make
+
+
+def _pack_codes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """int8 weights of fewer bits as bytes: the least of each row, then what is above it in that many bits."""
+    for name, layer in model.named_modules(remove_duplicate=False):
+        key = f"{name}.int8_weight".lstrip(".")
+        if isinstance(layer, Int8Linear) and layer.bits < 8 and key in tensors:
+            codes = tensors[key].short()
+            low = codes.amin(1, keepdim=True)
+            widest = int((codes - low).max())
+            if widest >= 2**layer.bits:
+                raise ValueError(f"save: {name!r} has {layer.bits} bits, its weights are up to {widest} steps apart")
+            tensors[key] = torch.cat([low[:, 0].to(torch.int8).view(torch.uint8), pack(codes - low, layer.bits)])
+
+
+def _unpack_codes(key: str, layer: Int8Linear, tensors: dict[str, Tensor], where: str) -> None:
+    """Undo ``_pack_codes``, for every name of the tensor, once it has been found to be of the right length."""
+    n, k = layer.out_features, layer.in_features
+    found, size = tensors.get(key), n + packed_bytes(n * k, layer.bits)
+    if found is not None and found.dtype == torch.int8 and found.shape == (n, k):
+        # unpacked already, by another name of it
+        return
+    if found is None or found.dtype != torch.uint8 or found.shape != (size,):
+        has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+        raise CheckpointError(f"{where}: {key!r} should be torch.uint8 {(size,)}, {WEIGHTS} has {has}")
+    codes = unpack(found[n:], layer.bits, (n, k)) + found[:n].view(torch.int8)[:, None]
+    if int(codes.max()) > 127 or int(codes.min()) < -127:
+        raise CheckpointError(f"{where}: {key!r} holds weights beyond -127 to 127")
+    whole = codes.to(torch.int8)
+    tensors.update({name: whole for name, tensor in tensors.items() if tensor is found})
 
 
 def _check_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: type[nn.Module], source: Path) -> None:

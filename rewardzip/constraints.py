@@ -7,12 +7,17 @@ one weight apply in the order they were put on.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .fuse import is_plain
+
+Constraint = TypeVar("Constraint", bound=nn.Module)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -32,6 +37,73 @@ class Mask(nn.Module):
     mask: Tensor
 
 
+class Grid(nn.Module):
+    """Weights [N, K] on whole multiples of a scale: ``clamp(round(weight / scale), low, high) * scale``.
+
+    scale, low, high: [N, G], or [1, 1] for a whole tensor; each serves ``group`` inputs next to each other. A zero
+    point is in the bounds: codes from 0 to 2^k - 1 less a zero point z are those from -z to 2^k - 1 - z. Gradients pass
+    the rounding straight through; the scale is trained as well, by a factor that starts at 1.
+    """
+
+    def __init__(self, scale: Tensor, low: Tensor, high: Tensor, group: int) -> None:
+        super().__init__()
+        self.group = group
+        self.register_buffer("start", scale)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.log_factor = nn.Parameter(torch.zeros_like(scale))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.start * self.log_factor.exp()
+
+    def spread(self, numbers: Tensor, columns: int) -> Tensor:
+        """[N, G] -> [N, K]: for each weight its scale or bound."""
+        return numbers.repeat_interleave(self.group, 1)[:, :columns]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale, low, high = (self.spread(t, weight.shape[1]) for t in (self.scale, self.low, self.high))
+        steps = (weight.float() / scale).clamp(low, high)
+        rounded = steps + (steps.round() - steps).detach()
+        return (rounded * scale).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The whole numbers [N, K] that the weights are."""
+        scale, low, high = (self.spread(t.detach(), weight.shape[1]) for t in (self.scale, self.low, self.high))
+        return (weight.detach().float() / scale).clamp(low, high).round()
+
+    start: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class Codebook(nn.Module):
+    """Weights that are entries of a table: what is trained is the table. ``zero``: its first entry stays 0."""
+
+    def __init__(self, indices: Tensor, entries: int, zero: bool) -> None:
+        super().__init__()
+        self.entries, self.zero = entries, zero
+        self.register_buffer("indices", indices)
+
+    def forward(self, table: Tensor) -> Tensor:
+        return self.table(table)[self.indices]
+
+    def table(self, table: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(table[:1]), table[1:]]) if self.zero else table
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The mean of the weights that share an entry."""
+        flat, indices = weight.float().flatten(), self.indices.flatten()
+        sums = torch.zeros(self.entries, device=flat.device).index_add_(0, indices, flat)
+        counts = torch.bincount(indices, minlength=self.entries).clamp(min=1)
+        return self.table(sums / counts).to(weight.dtype)
+
+    indices: Tensor
+
+
 def constrain(layer: nn.Module, constraint: nn.Module, name: str = "weight") -> None:
     """Put a constraint on the layer's weight, on top of those it has."""
     _class_of_its_own(layer)
@@ -45,6 +117,15 @@ def masked(layer: nn.Module, mask: Tensor, name: str = "weight") -> None:
         constrain(layer, Mask(mask), name)
     else:
         older &= mask
+
+
+def constraint_of(layer: nn.Module, kind: type[Constraint]) -> Constraint | None:
+    """The constraint of this kind on the layer's weight, if there is one."""
+    if parametrize.is_parametrized(layer, "weight"):
+        for constraint in layer.parametrizations["weight"]:  # type: ignore[index]
+            if isinstance(constraint, kind):
+                return constraint
+    return None
 
 
 def is_constrained(layer: nn.Module) -> bool:
@@ -75,6 +156,16 @@ def settle(model: Model) -> Model:
                 with torch.no_grad():
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model
+
+
+def linears(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
+    """The layers that techniques may change, by name: ``nn.Linear`` itself, constrained or not, and not hooked."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        kind = parametrize.type_before_parametrizations(module)
+        if kind is nn.Linear and is_plain(module) and not any(fnmatchcase(name, pattern) for pattern in skip):
+            found[name] = module
+    return found
 
 
 def settle_masked(model: Model, *, inplace: bool = False) -> Model:

@@ -90,6 +90,9 @@ class Data:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for _, tensor in self._named()]
+
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for i, tensor in enumerate(self.inputs):
             yield f"input {i}", tensor
@@ -99,8 +102,12 @@ class Data:
             yield f"rejected input {i}", tensor
 
     def _map(self, change: Any) -> Data:
-        rejected = None if self.rejected is None else tuple(map(change, self.rejected))
-        return Data(tuple(map(change, self.inputs)), None if self.rewards is None else change(self.rewards), rejected)
+        # rows of what was checked need no check again: this is done for every batch
+        made = object.__new__(Data)
+        object.__setattr__(made, "inputs", tuple(map(change, self.inputs)))
+        object.__setattr__(made, "rewards", None if self.rewards is None else change(self.rewards))
+        object.__setattr__(made, "rejected", None if self.rejected is None else tuple(map(change, self.rejected)))
+        return made
 
 
 def _positional(model: nn.Module) -> tuple[int, float]:

@@ -9,7 +9,7 @@ from torch import nn
 from .constraints import settle_masked
 from .fuse import FusedForward
 from .int8 import Int8
-from .nn import CompressedLinear
+from .nn import CompressedLinear, Int8Linear
 from .nn.base import is_conv1d
 from .swap import reason_to_leave
 
@@ -58,7 +58,9 @@ def explain(model: nn.Module) -> Explanation:
             dense = (m.in_features + (m.fp32_bias is not None)) * m.out_features * m.dtype.itemsize
             apart = "its activation in the same launch" if name in fused else "no activation behind it was found"
             op = ops.get(name, type(m).__name__)
-            found.append(Layer(name, op, activation, launches.get(name, apart), dense, after))
+            how = launches.get(name, apart) if isinstance(m, Int8Linear) else ""
+            why = "; ".join(filter(None, (how, m.remark)))
+            found.append(Layer(name, op, activation, why, dense, after))
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)

@@ -1,4 +1,4 @@
-"""The reward model of (state, action) that most of the field uses."""
+"""The reward model of (state, action) that most of the field uses, and its like for any inputs and outputs."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,3 +24,25 @@ class RewardMLP(nn.Module):
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         reward: Tensor = self.net(torch.cat([state, action], -1))
         return reward.squeeze(-1)
+
+
+class MLP(nn.Module):
+    """Any inputs [rows, ...] -> [rows], or [rows, outputs]: flattened, concatenated, then as ``RewardMLP``.
+
+    inputs: the numbers a row has in each input. outputs: None for one number without a dimension of its own.
+    """
+
+    def __init__(self, inputs: Sequence[int], hidden: Sequence[int] = (64, 64), outputs: int | None = None) -> None:
+        super().__init__()
+        sizes = (sum(inputs), *hidden, 1 if outputs is None else outputs)
+        if min(sizes) < 1:
+            raise ValueError(f"MLP: inputs={tuple(inputs)}, hidden={tuple(hidden)}, outputs={outputs}")
+        self.inputs, self.hidden, self.outputs = tuple(inputs), tuple(hidden), outputs
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(sizes):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.net(torch.cat([x.flatten(1) for x in inputs], 1))
+        return out.squeeze(1) if self.outputs is None else out

@@ -57,6 +57,10 @@ class Step:
         """The compressed model; ``model`` is the recipe's own copy and may be changed."""
         raise NotImplementedError
 
+    def pack(self, model: nn.Module, work: Work) -> nn.Module:
+        """Called once, after the last step: put the kept form of the layers in place of the trained one."""
+        return model
+
     def to_dict(self) -> dict[str, Any]:
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {"step": type(self).__name__, **fields}

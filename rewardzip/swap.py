@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -140,6 +140,14 @@ def fuse_forwards(model: nn.Module) -> dict[str, str]:
             if reason and _owns_activated(module):
                 notes[name or type(module).__name__] = reason
     return notes
+
+
+def install(model: nn.Module, layers: Mapping[str, nn.Module], notes: list[str]) -> nn.Module:
+    """Put packed layers in by one of their names each, in place, and fuse what can be."""
+    made = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    model = put(model, {name: made[id(module)] for name, module in _modules(model) if id(module) in made})
+    notes += [f"{name}: its activations are not fused, {reason}" for name, reason in fuse_forwards(model).items()]
+    return model
 
 
 def _owns_activated(module: nn.Module) -> bool:

@@ -61,6 +61,8 @@ MODELS = {
     "tied": (tied, (6,)),
     "shared": (shared, (6,)),
     "reward": (lambda: rz.RewardMLP(3, 2, (7, 9)), (3, 2)),
+    "inputs": (lambda: rz.MLP((3, 2, 1), (7,), 4), (3, 2, 1)),
+    "scalar": (lambda: rz.MLP((3,), (7,)), (3,)),
     "half": (lambda: mlp(5, 8).half(), (5,)),
     "linear": (lambda: nn.Linear(5, 3), (5,)),
 }
@@ -396,12 +398,20 @@ def places(value, at=()):
             yield from places(inner, (*at, key))
 
 
-@pytest.mark.parametrize("name", ["reward", "everything"])
+PACKED = {
+    "reward": lambda: swapped(rz.RewardMLP(3, 2, (7, 9)), rz.Int8("static"), inputs((3, 2))),
+    "everything": lambda: swapped(everything(), rz.Int8("static"), inputs((5,))),
+    "3 bits": lambda: rz.compress(rz.MLP((5,), (6,)), [rz.Quantize(3)], progress=False).model,
+    "groups": lambda: rz.compress(rz.MLP((5,), (6,)), [rz.Quantize(4, per="group", group=4)], progress=False).model,
+    "codebook": lambda: rz.compress(rz.MLP((12,), (20,)), [rz.Share(17)], progress=False).model,
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_wrong_types_everywhere(tmp_path, name):
     """Each value in turn by another: refused, or a model that is what the config now says."""
-    make, sizes = MODELS[name]
     folder = tmp_path / "m"
-    rz.save(swapped(make(), rz.Int8("static"), inputs(sizes)), folder)
+    rz.save(PACKED[name](), folder)
     original = json.loads((folder / "config.json").read_text())
     accepted = 0
     for at in places(original):

@@ -35,6 +35,9 @@ class CompressedLinear(nn.Module):
     dtype: torch.dtype
     fp32_bias: Tensor | None
 
+    remark: str = ""
+    """What a reader of ``explain`` should know of how the layer is kept or computed."""
+
     changes: int = 0
     """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
 

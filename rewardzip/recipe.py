@@ -1,0 +1,166 @@
+"""``compress``: steps in a row, on a copy, packed at the end and judged on rows that no step has seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .constraints import copied, settle
+from .data import Data
+from .distil import Distil
+from .finetune import FineTune
+from .low_rank import LowRank
+from .nn import CompressedLinear
+from .prune import Prune
+from .share import Share
+from .steps import Step, Work, from_dict
+
+HELD_OUT = 0.2
+"""The share of the rows that the report is made from."""
+LEAST_HELD = 100
+"""Fewer rows say nothing in hundredths."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """model: packed, in eval mode. report: what it cost, None where there was no data. notes: for whoever reads it."""
+
+    model: nn.Module
+    report: Any
+    recipe: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def compress(
+    model: nn.Module,
+    recipe: Sequence[Step] | str | os.PathLike[str],
+    data: Data | Sequence[Tensor] | Tensor | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    gate: Any = None,
+) -> Result:
+    """Run the steps on a copy of ``model``; a fifth of the rows is held back for the report.
+
+    recipe: steps, or a JSON or TOML file that ``save_recipe`` could have written. Steps that cannot work after one
+    another, or on this model and data, are refused before any has run. gate: see ``evaluate``.
+    """
+    steps = read_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
+    check_order(steps)
+    rows, held = (None, None) if data is None else Data.of(model, data).split(HELD_OUT, seed)
+    if rows is not None and held is not None and len(held) < LEAST_HELD:
+        raise ValueError(
+            f"compress: {len(rows) + len(held)} rows leave {len(held)} to judge by; "
+            f"give {round(LEAST_HELD / HELD_OUT)} or more"
+        )
+    if gate is not None and held is None:
+        raise ValueError("compress: a gate needs data to judge by, and there is none")
+    small, notes = run_steps(model, steps, rows, seed=seed, progress=progress)
+    report = None
+    if held is not None:
+        from .evaluate import evaluate  # type: ignore[import-not-found]
+
+        report = evaluate(model, small, held, gate=gate, progress=progress)
+    return Result(small, report, steps, notes)
+
+
+def run_steps(
+    model: nn.Module, steps: Sequence[Step], data: Data | None, *, seed: int = 0, progress: bool = True
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """(the compressed model, notes): the steps on a copy of ``model``, with all of the rows to train on."""
+    from rich.console import Console
+
+    check_order(steps)
+    packed = [name for name, m in model.named_modules() if isinstance(m, CompressedLinear)]
+    if packed:
+        raise ValueError(f"compress: layer {packed[0]!r} is packed already; give the dense model, or rz.restore it")
+    for step in steps:
+        step.check(model, data)
+    work = Work(copied(model).eval(), data, seed, progress)
+    console = Console(quiet=not progress)
+    small = copied(model)
+    for place, step in enumerate(steps, 1):
+        console.print(f"{place}/{len(steps)} {step}", markup=False, highlight=False)
+        small = step.apply(small, work)
+    for step in steps:
+        small = step.pack(small, work)
+    return settle(small).eval(), tuple(work.notes)
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Refuse what cannot work in the order given."""
+    for step in steps:
+        if not isinstance(step, Step):
+            raise TypeError(f"recipe: {step!r} is {type(step).__name__}, not a step such as Quantize(8)")
+    for place, step in enumerate(steps):
+        name, before = _name(step), steps[:place]
+        fixed = [s for s in before if _packs(s)]
+        if fixed and not isinstance(step, FineTune):
+            raise ValueError(
+                f"recipe: {name} cannot follow {_name(fixed[0])}, which decides what is kept of each weight; "
+                f"put {name} before it"
+                if not _packs(step)
+                else f"recipe: {name} and {_name(fixed[0])} both decide what is kept of each weight; choose one"
+            )
+        masks = [s for s in before if _leaves_masks(s)]
+        if masks and _makes_layers(step):
+            raise ValueError(f"recipe: {name} after {_name(masks[0])} would lose its zeros; put {name} first")
+        if isinstance(step, Distil) and before:
+            raise ValueError(f"recipe: {name} makes a new student and throws {_name(before[-1])} away; put it first")
+        if isinstance(step, FineTune) and step.towards == "original" and not before:
+            raise ValueError("recipe: FineTune towards the original has nothing to learn before another step")
+
+
+def _packs(step: Step) -> bool:
+    return step.packs or (isinstance(step, Share) and step.of == "weights")
+
+
+def _leaves_masks(step: Step) -> bool:
+    return isinstance(step, Prune) and step.pattern != "neurons"
+
+
+def _makes_layers(step: Step) -> bool:
+    neurons = isinstance(step, Prune) and step.pattern == "neurons"
+    return neurons or isinstance(step, LowRank) or (isinstance(step, Share) and step.of != "weights")
+
+
+def _name(step: Step) -> str:
+    return type(step).__name__
+
+
+def save_recipe(steps: Sequence[Step], file: str | os.PathLike[str]) -> None:
+    """Write the steps as JSON."""
+    check_order(steps)
+    Path(file).write_text(dumps(steps) + "\n", encoding="utf-8")
+
+
+def read_recipe(file: str | os.PathLike[str]) -> tuple[Step, ...]:
+    """Read the steps from a .json or .toml file."""
+    path = Path(file)
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"recipe: {path} must end in .json or .toml")
+    return loads(path.read_text(encoding="utf-8"), path.suffix[1:])
+
+
+def dumps(steps: Sequence[Step]) -> str:
+    """The steps as JSON: {"steps": [{"step": "Quantize", "bits": 8, ...}, ...]}."""
+    return json.dumps({"steps": [step.to_dict() for step in steps]}, indent=2)
+
+
+def loads(text: str, form: str = "json") -> tuple[Step, ...]:
+    """The steps of a JSON text, or of a TOML one, where each is a table ``[[steps]]``."""
+    try:
+        content = tomllib.loads(text) if form == "toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"recipe: this is not {form.upper()}: {error}") from error
+    listed = content.get("steps") if isinstance(content, dict) and set(content) == {"steps"} else None
+    if not isinstance(listed, list) or not all(isinstance(fields, dict) for fields in listed):
+        raise ValueError('recipe: must hold "steps", a list of tables, and nothing else')
+    return tuple(from_dict(fields) for fields in listed)

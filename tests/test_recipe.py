@@ -1,0 +1,234 @@
+"""Recipes: in files and out, refused before any work, run on a copy, judged on rows that no step has seen."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from models import packed, same_state
+from recipes import error, rows, trained
+from torch import nn
+
+import rewardzip as rz
+from rewardzip.recipe import check_order, dumps, loads, read_recipe, run_steps, save_recipe
+from rewardzip.steps import STEPS, Step, from_dict
+
+RECIPE = (rz.LowRank(energy=0.9, weighted=True), rz.FineTune(50), rz.Quantize(4, skip=("net.0",)), rz.FineTune(20))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained()
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """What ``evaluate`` is called with."""
+    calls = []
+
+    def evaluate(before, after, data, *, gate=None, progress=True):
+        calls.append((before, after, data, gate))
+        return f"report {len(calls)}"
+
+    monkeypatch.setitem(sys.modules, "rewardzip.evaluate", types.SimpleNamespace(evaluate=evaluate))
+    return calls
+
+
+def test_a_recipe_from_end_to_end(tmp_path, model, judged):
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    kinds, data = [type(m) for m in model.modules()], rows(1000)
+    result = rz.compress(model, RECIPE, data, progress=False, gate="gate")
+    assert result.report == "report 1"
+    assert result.recipe == RECIPE
+    assert not any(m.training for m in result.model.modules())
+    assert set(packed(result.model)) == {"net.0.0", "net.0.1", "net.2.0", "net.2.1"} - {"net.0"}
+    # the original: its weights, its classes, its mode
+    assert same_state(model.state_dict(), weights)
+    assert [type(m) for m in model.modules()] == kinds
+    (before, after, held, gate) = judged[0]
+    assert after is result.model
+    assert gate == "gate"
+    assert same_state(before.state_dict(), weights)
+    assert len(held) == 200
+    _rest, expected = data.split(0.2, 0)
+    assert torch.equal(held.inputs[0], expected.inputs[0])
+    assert error(model, result.model, held) < 0.3 * float(data.rewards.var())
+    rz.save(result.model, tmp_path / "m")
+    assert torch.equal(rz.load(tmp_path / "m")(*held.inputs), result.model(*held.inputs))
+    again = rz.compress(model, RECIPE, data, progress=False)
+    assert same_state(again.model.state_dict(), result.model.state_dict())
+    other = rz.compress(model, RECIPE, data, progress=False, seed=1)
+    assert not same_state(other.model.state_dict(), result.model.state_dict())
+
+
+def test_no_step_sees_the_rows_of_the_report(model, judged, monkeypatch):
+    seen = []
+
+    class Look(Step):
+        def check(self, model, data):
+            seen.append(data)
+
+        def apply(self, model, work):
+            seen.append(work.data)
+            return model
+
+    monkeypatch.delitem(STEPS, "Look")
+    x = torch.arange(500.0)
+    data = rz.Data((x[:, None].expand(500, 6), x[:, None].expand(500, 2)), x)
+    rz.compress(model, [Look()], data, progress=False)
+    held = judged[0][2].rewards
+    assert len(held) == 100
+    for each in seen:
+        assert not set(each.rewards.tolist()) & set(held.tolist())
+        assert len(each) == 400
+
+
+def test_without_data_there_is_no_report(model):
+    result = rz.compress(model, [rz.Quantize(8)], progress=False)
+    assert result.report is None
+    assert torch.equal(result.model(*rows().inputs), rz.swap(model, rz.Int8())(*rows().inputs))
+    with pytest.raises(ValueError, match="a gate needs data"):
+        rz.compress(model, [], progress=False, gate="gate")
+    same = rz.compress(model, [], progress=False).model
+    assert same is not model
+    assert same_state(same.state_dict(), model.state_dict())
+
+
+def test_progress_is_printed(model, capsys):
+    rz.compress(model, [rz.LowRank(rank=4), rz.Quantize(8)])
+    out = capsys.readouterr().out
+    assert "1/2 LowRank(rank=4" in out
+    assert "2/2 Quantize(bits=8" in out
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_any_module_and_functional_activations():
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(200, 6)
+    for steps in ([rz.Quantize(8)], [rz.Share(16)], [rz.LowRank(rank=3), rz.Quantize(6)]):
+        result = rz.compress(model, steps, progress=False)
+        assert type(result.model).__name__ == "Functional"
+        assert (result.model(x) - model(x)).square().mean() < 0.6 * model(x).var()
+        assert packed(result.model)
+
+
+@pytest.mark.parametrize(
+    ("steps", "match"),
+    [
+        ([rz.Quantize(8), rz.Quantize(4)], "both decide"),
+        ([rz.Quantize(8), rz.Share(16)], "Share and Quantize both decide"),
+        ([rz.Share(16), rz.Quantize(8)], "Quantize and Share both decide"),
+        ([rz.Quantize(8), rz.LowRank(rank=2)], "LowRank cannot follow Quantize.*before"),
+        ([rz.Share(16), rz.Share(of="neurons")], "cannot follow Share"),
+        ([rz.Quantize(8), rz.FineTune(), rz.Distil((4,))], "cannot follow Quantize"),
+        ([rz.LowRank(rank=2), rz.Distil((4,))], "throws LowRank away"),
+        ([rz.Distil((4,)), rz.Distil((4,))], "throws Distil away"),
+        ([rz.FineTune(), rz.Quantize(8)], "nothing to learn before"),
+        ([rz.FineTune()], "nothing to learn before"),
+    ],
+)
+def test_orders_that_cannot_work_are_refused_before_any_work(monkeypatch, model, steps, match):
+    for kind in (rz.Quantize, rz.LowRank, rz.Share, rz.Distil, rz.FineTune):
+        monkeypatch.setattr(kind, "apply", lambda *a: pytest.fail("worked"))
+    with pytest.raises(ValueError, match=match):
+        rz.compress(model, steps, rows(), progress=False)
+    with pytest.raises(ValueError, match=match):
+        check_order(steps)
+
+
+def test_orders_that_can_work():
+    tune = rz.FineTune()
+    check_order([rz.Distil((4,)), rz.Share(of="neurons"), tune, rz.LowRank(rank=2), tune, rz.Quantize(8), tune, tune])
+    check_order([rz.Share(of="layers"), rz.Share(16), tune])
+    check_order([rz.FineTune(towards="rewards"), rz.Quantize(8)])
+
+
+def test_masks_are_not_lost_on_the_way(model):
+    masks, neurons = rz.Prune("2:4"), rz.Prune("neurons", 0.5)
+    for step in (rz.LowRank(rank=2), rz.Share(of="neurons"), neurons):
+        with pytest.raises(ValueError, match="after Prune would lose its zeros"):
+            check_order([masks, step])
+        check_order([neurons, step])
+    with pytest.raises(ValueError, match="Prune cannot follow Quantize"):
+        check_order([rz.Quantize(8), neurons])
+    for last in (rz.Quantize(4), rz.Share(16)):
+        small, _ = run_steps(model, [masks, last, rz.FineTune(20)], rows(), progress=False)
+        for layer in packed(small).values():
+            assert (layer.weight.view(len(layer.weight), -1, 4) != 0).sum(-1).max() <= 2
+    small, _ = run_steps(model, [neurons, rz.FineTune(20), rz.Quantize(8)], rows(), progress=False)
+    assert small.net[0].out_features == 12
+
+
+@pytest.mark.parametrize("steps", [[rz.Quantize(8), rz.FineTune()], [rz.LowRank(rank=2, weighted=True)], [rz.Distil()]])
+def test_steps_that_need_data_say_so_before_any_work(monkeypatch, model, steps):
+    monkeypatch.setattr(type(steps[0]), "apply", lambda *a: pytest.fail("worked"))
+    with pytest.raises(ValueError, match="needs data, and compress was given none"):
+        rz.compress(model, steps, progress=False)
+
+
+def test_what_is_no_recipe_or_no_dense_model(model):
+    with pytest.raises(TypeError, match="'int8' is str, not a step"):
+        rz.compress(model, ["int8"], progress=False)
+    with pytest.raises(ValueError, match=r"'net.0' is packed already.*restore"):
+        rz.compress(rz.swap(model, rz.Int8()), [rz.Quantize(8)], progress=False)
+    with pytest.raises(ValueError, match="490 rows leave 98 to judge by; give 500"):
+        rz.compress(model, [rz.Quantize(8)], rows(490), progress=False)
+
+
+EVERY = (
+    rz.Distil((8, 4), form="pairwise", temperature=2.0, features=(("net.0", "net.0"),)),
+    rz.Share(of="neurons", similarity=0.9, skip=("a", "b*")),
+    rz.LowRank(error=0.1),
+    rz.Quantize(3, scheme="affine", per="group", group=8, ranges="mse", rounding="compensated", correct_bias=True),
+    rz.FineTune(10, towards="rewards", amp="float16", early_stop=5),
+)
+
+
+def test_files(tmp_path):
+    save_recipe(EVERY, tmp_path / "r.json")
+    assert read_recipe(tmp_path / "r.json") == EVERY == loads(dumps(EVERY))
+    assert json.loads((tmp_path / "r.json").read_text())["steps"][3]["bits"] == 3
+    (tmp_path / "r.toml").write_text(
+        '[[steps]]\nstep = "Distil"\nstudent = [8]\n[[steps]]\nstep = "Quantize"\nbits = 4\nskip = ["net.0"]\n'
+    )
+    assert read_recipe(tmp_path / "r.toml") == (rz.Distil((8,)), rz.Quantize(4, skip=("net.0",)))
+    assert from_dict(rz.Share(32).to_dict()) == rz.Share(32)
+
+
+def test_a_recipe_from_a_file_runs(tmp_path, model):
+    save_recipe([rz.LowRank(rank=4), rz.Quantize(6)], tmp_path / "r.json")
+    a = rz.compress(model, tmp_path / "r.json", progress=False).model
+    b = rz.compress(model, [rz.LowRank(rank=4), rz.Quantize(6)], progress=False).model
+    assert same_state(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[]", 'must hold "steps"'),
+        ('{"steps": [1]}', "list of tables"),
+        ('{"steps": [], "author": "me"}', "nothing else"),
+        ('{"steps": [{"step": "Shrink"}]}', "'Shrink' is not one of"),
+        ('{"steps": [{"step": "Quantize", "bit": 4}]}', "no field 'bit'"),
+        ('{"steps": [{"step": "Quantize", "bits": 40}]}', "2 to 8"),
+        ('{"steps": [{"bits": 4}]}', "None is not one of"),
+    ],
+)
+def test_bad_files(tmp_path, text, match):
+    with pytest.raises(ValueError, match=match):
+        loads(text)
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"must end in \.json or \.toml"):
+        read_recipe(tmp_path / "r.yaml")
+    with pytest.raises(ValueError, match="not TOML"):
+        loads("a = ", "toml")
