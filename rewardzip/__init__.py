@@ -8,8 +8,10 @@ from .checkpoint import load as load
 from .checkpoint import save as save
 from .data import Data as Data
 from .ensemble import fuse_ensemble as fuse_ensemble
+from .evaluate import evaluate as evaluate
 from .explain import explain as explain
 from .fit import fit as fit
+from .gate import Gate as Gate
 from .int8 import Int8 as Int8
 from .models import RewardMLP as RewardMLP
 from .prune import Prune as Prune
