@@ -46,7 +46,7 @@ gpu: $(if $(DRY),$(VENV)/ready)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,build]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,report,test,bench,lint,build]"
 	touch $@
 
 clean:

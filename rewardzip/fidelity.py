@@ -84,7 +84,7 @@ def pair_agreement(before: Tensor, after: Tensor, pairs: int = PAIRS, seed: int 
     return float((first == second)[counted].double().mean())
 
 
-def flips_by_margin(before: Tensor, after: Tensor, bins: int = 20, seed: int = 0) -> list[tuple[float, float]]:
+def flips_by_margin(before: Tensor, after: Tensor, bins: int = 40, seed: int = 0) -> list[tuple[float, float]]:
     """(margin in standard deviations of ``before``, share of pairs flipped), for ``bins`` equal numbers of pairs.
 
     A reward that is a little wrong flips pairs that were nearly tied; one that flips pairs with a margin is broken.

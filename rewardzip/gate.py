@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 
 from .fidelity import HIGHER_IS_BETTER, LABELS, Figure
 
@@ -24,8 +25,10 @@ class Gate:
     def __post_init__(self) -> None:
         for name in ("agreement", "epic", "best_of_n"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"Gate: {name} is {value!r}; it must be a number from 0 to 1")
+            # a model that picks the worst loses up to twice the gain and more
+            most = inf if name == "best_of_n" else 1
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise ValueError(f"Gate: {name} is {value!r}; it must be a number from 0 to {most}")
 
     def failures(self, figures: Mapping[str, Figure]) -> list[str]:
         """Why these figures do not pass, a sentence each."""
@@ -45,6 +48,20 @@ class Gate:
             for name, limit in self.limits(figures).items()
             if (f := figures[name]).low is not None and f.high is not None and f.low < limit < f.high
         ]
+
+    def excess(self, figures: Mapping[str, Figure], surely: bool = False) -> float:
+        """What was lost as a share of what may be, by the figure that lost most: passes at 1. Infinite without figures.
+
+        surely: at the worse ends of the intervals.
+        """
+        shares = [inf] if not figures else [0.0]
+        for name, limit in self.limits(figures).items():
+            figure, higher = figures[name], HIGHER_IS_BETTER[name]
+            end = figure.low if higher else figure.high
+            value = end if surely and end is not None else figure.value
+            lost, may = (1 - value, 1 - limit) if higher else (value, limit)
+            shares.append(lost / may if may else (inf if lost > 0 else 0.0))
+        return inf if any(isnan(share) for share in shares) else max(shares)
 
     def limits(self, figures: Mapping[str, Figure]) -> dict[str, float]:
         """The limit of each of these figures that has one."""

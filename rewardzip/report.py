@@ -1,9 +1,10 @@
-"""What compression cost and what it gave: for eyes as a table, for machines as a dict."""
+"""What compression cost and what it gave: for eyes as a table, for machines as a dict, for others as a page."""
 
 from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,6 @@ from .timing import Timing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
-    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """A table in words."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """What ``evaluate`` found; ``print`` it."""
+    """What ``evaluate`` found; ``print`` it, or ``save`` it as a page."""
 
     machine: str
     rows: int
@@ -126,6 +134,12 @@ class Report:
         plain: dict[str, Any] = _plain(found)
         return plain
 
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write one page of HTML that needs nothing else; takes the extra ``report``."""
+        from .page import write
+
+        write(self, file)
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -134,65 +148,73 @@ class Report:
         return text.getvalue().rstrip()
 
     def __rich_console__(self, console: Console, options: object) -> Iterator[RenderableType]:
-        yield self._verdict()
-        yield self._fidelity()
-        if self.truth or self.returns:
-            yield self._truth()
-        yield self._cost()
-        if self.layers:
-            listed = ", ".join(f"{name} {error:.2%}" for name, error in self.layers.items())
-            yield _line(f"error of each layer's outputs: {listed}")
-        for note in self.notes:
-            yield _line(f"note: {note}")
+        from rich.table import Table
+        from rich.text import Text
 
-    def _verdict(self) -> RenderableType:
-        from rich.console import Group
+        for line, style in self.verdict():
+            # one line however narrow the terminal: a log that breaks a reason in two is hard to search
+            yield Text(line, style=style, no_wrap=True, overflow="ignore")
+        for sheet in self.sheets():
+            table = Table(title=sheet.title, title_justify="left", title_style="bold")
+            for i, column in enumerate(sheet.columns):
+                table.add_column(column, justify="right" if i else "left")
+            for row in sheet.rows:
+                table.add_row(*row)
+            yield table
+        listed = ", ".join(f"{name} {error:.2%}" for name, error in self.layers.items())
+        for line in [f"error of each layer's outputs: {listed}"] * bool(listed) + [f"note: {n}" for n in self.notes]:
+            yield Text(line, no_wrap=True, overflow="ignore")
 
+    def verdict(self) -> list[tuple[str, str]]:
+        """(line, style) of the answer and its reasons."""
         if self.failures:
-            return Group(*(_line(f"failed: {reason}", style="bold red") for reason in self.failures))
+            return [(f"failed: {reason}", "bold red") for reason in self.failures]
         if self.gate is None:
-            return _line("sound; no gate was given")
-        lines = [_line("passed the gate", style="bold green")]
-        return Group(
-            *lines, *(_line(f"close: {reason}", style="yellow") for reason in self.gate.undecided(self.figures))
-        )
+            return [("sound; no gate was given", "")]
+        close = self.gate.undecided(self.figures)
+        return [("passed the gate", "bold green"), *((f"close: {reason}", "yellow") for reason in close)]
 
-    def _fidelity(self) -> Table:
-        what = "the original" + (f", the worst of {self.outputs} outputs" if self.outputs > 1 else "")
-        table = _table(f"Kept, on {self.rows:,} rows, against {what}", "figure", "value", "95 % interval", "limit")
+    def sheets(self) -> list[Sheet]:
+        """What the report says in tables."""
+        of = f", the worst of {self.outputs} outputs" if self.outputs > 1 else ""
         limits = self.gate.limits(self.figures) if self.gate else {}
-        for name in LABELS:
-            if name in self.figures:
-                figure = self.figures[name]
-                limit = f"{limits[name]:g}" if name in limits else ""
-                table.add_row(LABELS[name], short(figure.value), _interval(figure), limit)
-        for check in self.checks:
-            table.add_row(check.name, "yes" if check.passed else "NO", "", "always")
-        return table
-
-    def _truth(self) -> Table:
-        table = _table("Against the truth", "figure", "original", "compressed")
+        kept = [
+            (LABELS[n], short(f.value), _interval(f), f"{limits[n]:g}" if n in limits else "")
+            for n in LABELS
+            if (f := self.figures.get(n))
+        ]
+        kept += [(check.name, "yes" if check.passed else "NO", "", "always") for check in self.checks]
+        columns: tuple[str, ...] = ("figure", "value", "95 % interval", "limit")
+        sheets = [Sheet(f"Kept, on {self.rows:,} rows, against the original{of}", columns, tuple(kept))]
         before, after = self.truth.get("before", {}), self.truth.get("after", {})
-        for name in LABELS:
-            if name in before:
-                table.add_row(LABELS[name], str(before[name]), str(after[name]))
+        true = [(LABELS[name], str(before[name]), str(after[name])) for name in LABELS if name in before]
         if self.returns:
-            table.add_row("return", str(self.returns["before"]), str(self.returns["after"]))
-        return table
+            true.append(("return", str(self.returns["before"]), str(self.returns["after"])))
+        if true:
+            sheets.append(Sheet("Against the truth", ("figure", "original", "compressed"), tuple(true)))
+        if self.each_output:
+            names = ("agreement", "pearson_distance", "best_of_n", "max_error")
+            each = [(str(i), *(short(f[name].value) for name in names)) for i, f in enumerate(self.each_output)]
+            sheets.append(Sheet("Each output", ("output", *(LABELS[name] for name in names)), tuple(each)))
+        old, new = self.sizes
+        cost = [
+            (where, kilobytes(a), kilobytes(b), f"{a / b:.2f}x {'smaller' if a >= b else 'as small: LARGER'}")
+            for where, a, b in (("on disk", old.disk, new.disk), ("in memory", old.memory, new.memory))
+        ]
+        for s in self.speeds:
+            rows = f"{s.batch:,} row{'s' if s.batch > 1 else ''}"
+            word = "faster" if s.ratio >= 1.05 else "as fast" if s.ratio >= 0.95 else "as fast: SLOWER"
+            cost.append((rows, microseconds(s.before.p50), microseconds(s.after.p50), f"{s.ratio:.2f}x {word}"))
+        columns = ("", "original", "compressed", "")
+        return [*sheets, Sheet(f"Size and speed; {self.machine}", columns, tuple(cost))]
 
-    def _cost(self) -> Table:
-        table = _table(f"Size and speed; {self.machine}", "", "original", "compressed", "")
-        before, after = self.sizes
-        for name in ("disk", "memory"):
-            old, new = getattr(before, name), getattr(after, name)
-            table.add_row(
-                f"on {name}" if name == "disk" else f"in {name}", kilobytes(old), kilobytes(new), smaller(old / new)
-            )
-        for speed in self.speeds:
-            rows = f"{speed.batch:,} row{'s' if speed.batch > 1 else ''}"
-            times = [microseconds(t.p50) for t in (speed.before, speed.after)]
-            table.add_row(rows, *times, f"{speed.ratio:.2f}x {'faster' if speed.ratio >= 1 else 'as fast: SLOWER'}")
-        return table
+    def trade_off(self) -> tuple[Candidate, ...]:
+        """The candidates of a search; without one, the original and this model."""
+        if self.front or not self.figures:
+            return self.front
+        faster = self.speeds[-1].ratio
+        mine = Candidate("this model", self.smaller, faster, self.figures["agreement"].value, self.passed, chosen=True)
+        return Candidate("original", 1, 1, 1, True), mine
 
 
 def kilobytes(size: int) -> str:
@@ -203,28 +225,8 @@ def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:,.1f} us" if seconds < 1e-4 else f"{seconds * 1e6:,.0f} us"
 
 
-def smaller(ratio: float) -> str:
-    return f"{ratio:.2f}x {'smaller' if ratio >= 1 else 'as small: LARGER'}"
-
-
-def _line(text: str, style: str = "") -> Text:
-    """One line however narrow the terminal: a log that breaks a reason in two is hard to search."""
-    from rich.text import Text
-
-    return Text(text, style=style, no_wrap=True, overflow="ignore")
-
-
 def _interval(figure: Figure) -> str:
     return "" if figure.low is None or figure.high is None else f"{short(figure.low)} to {short(figure.high)}"
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
 
 
 def _figures(figures: dict[str, Figure]) -> dict[str, Any]:

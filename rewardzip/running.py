@@ -14,7 +14,13 @@ def outputs(model: nn.Module, inputs: Sequence[Tensor], batch: int = 4096) -> Te
     parts = []
     with torch.no_grad():
         for start in range(0, len(inputs[0]), batch):
-            result = model(*(t[start : start + batch] for t in inputs))
+            try:
+                result = model(*(t[start : start + batch] for t in inputs))
+            except (RuntimeError, IndexError) as error:
+                shapes = [tuple(t.shape) for t in inputs]
+                raise ValueError(
+                    f"{type(model).__name__} does not take inputs of the shapes {shapes}: {error}"
+                ) from error
             result = getattr(result, "logits", result)
             if not isinstance(result, Tensor) or len(result) != len(inputs[0][start : start + batch]):
                 got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
