@@ -16,6 +16,7 @@ from .int8 import Int8 as Int8
 from .models import RewardMLP as RewardMLP
 from .prune import Prune as Prune
 from .prune import prune as prune
+from .search import search as search
 from .swap import refresh as refresh
 from .swap import restore as restore
 from .swap import swap as swap
