@@ -9,9 +9,11 @@ from .checkpoint import save as save
 from .data import Data as Data
 from .distil import Distil as Distil
 from .ensemble import fuse_ensemble as fuse_ensemble
+from .evaluate import evaluate as evaluate
 from .explain import explain as explain
 from .finetune import FineTune as FineTune
 from .fit import fit as fit
+from .gate import Gate as Gate
 from .int8 import Int8 as Int8
 from .low_rank import LowRank as LowRank
 from .models import MLP as MLP
@@ -22,6 +24,7 @@ from .quantize import Quantize as Quantize
 from .recipe import compress as compress
 from .recipe import run_steps as run_steps
 from .share import Share as Share
+from .search import search as search
 from .swap import refresh as refresh
 from .swap import restore as restore
 from .swap import swap as swap

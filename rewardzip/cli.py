@@ -1,14 +1,33 @@
-"""The command line: each command is one call of the library."""
+"""The command line: each command is one call of the library. It ends with 0, 1 (outside the gate) or 2 (bad input)."""
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from .report import Report
+
 app = typer.Typer(help="Smaller, faster reward models, and what it cost.", no_args_is_help=True, add_completion=False)
+
+MODEL = "package.module:function, a saved folder, or the weights of an MLP (.safetensors, .pt; activation: w.pt:tanh)"
+DATA = "package.module:function, .npz or .parquet: inputs, and 'rewards' where they are known"
+
+Model = Annotated[str, typer.Argument(help=MODEL)]
+Rows = Annotated[str, typer.Argument(help=DATA)]
+Out = Annotated[Path, typer.Argument(help="the folder to save the model in")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+Page = Annotated[Path | None, typer.Option("--report", help="also write the report as a page, report.html")]
+Seed = Annotated[int, typer.Option(help="of rows held back and of training")]
+Agreement = Annotated[float, typer.Option(help="gate: the least share of pairs in the same order")]
+Epic = Annotated[float, typer.Option(help="gate: the largest EPIC or Pearson distance")]
+BestOfN = Annotated[float, typer.Option(help="gate: the largest share lost by picking the best of 16")]
 
 
 @app.command()
@@ -20,15 +39,73 @@ def demo(page: Annotated[Path, typer.Option(help="where the page of plots goes")
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="a model saved by rz.save")]) -> None:
-    """What each layer of a saved model is, and bytes before and after."""
-    from . import CheckpointError, explain, load
+def inspect(model: Model, as_json: Json = False) -> None:
+    """What each layer of a model is, and bytes before and after."""
+    with _bad_input():
+        from dataclasses import asdict
 
-    try:
-        typer.echo(str(explain(load(folder))))
-    except CheckpointError as error:
-        typer.echo(f"rewardzip: {error}", err=True)
-        raise typer.Exit(2) from None
+        from . import explain
+        from .sources import load_model
+
+        found = explain(load_model(model))
+        typer.echo(json.dumps([asdict(layer) for layer in found]) if as_json else str(found))
+
+
+@app.command()
+def evaluate(
+    before: Model, after: Model, data: Rows, agreement: Agreement = 0.99, epic: Epic = 0.02, best_of_n: BestOfN = 0.01,
+    report: Page = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """What the second model has kept of the first, how large it is and how long it takes."""
+    with _bad_input():
+        from . import Gate
+        from . import evaluate as run
+        from .sources import load_data, load_model
+
+        gate, original = Gate(agreement, epic, best_of_n), load_model(before)
+        rows = load_data(data, original)
+        found = run(original, load_model(after), rows, gate=gate, progress=not as_json)
+        _tell(found, {}, report, as_json)
+
+
+@app.command()
+def compress(
+    model: Model, recipe: Annotated[Path, typer.Argument(help="steps in a .json or .toml file")], data: Rows, out: Out,
+    agreement: Agreement = 0.99, epic: Epic = 0.02, best_of_n: BestOfN = 0.01, seed: Seed = 0, report: Page = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run a recipe; the model is saved whether or not it is within the gate."""
+    with _bad_input():
+        from . import Gate, save
+        from . import compress as run
+        from .sources import load_data, load_model
+
+        gate, original = Gate(agreement, epic, best_of_n), load_model(model)
+        rows = load_data(data, original)
+        result = run(original, recipe, rows, gate=gate, seed=seed, progress=not as_json)
+        save(result.model, out)
+        _tell(result.report, {"model": str(out), "notes": list(result.notes)}, report, as_json)
+
+
+@app.command()
+def search(
+    model: Model, data: Rows, out: Out, budget: Annotated[float, typer.Option(help="seconds")] = 600,
+    folder: Annotated[Path | None, typer.Option(help="keeps what is measured: a killed search goes on there")] = None,
+    agreement: Agreement = 0.99, epic: Epic = 0.02, best_of_n: BestOfN = 0.01, seed: Seed = 0, report: Page = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Find the recipe that makes the model smallest and fastest within the gate."""
+    with _bad_input():
+        from . import Gate, save
+        from .search import search as run
+        from .sources import load_data, load_model
+
+        gate, original = Gate(agreement, epic, best_of_n), load_model(model)
+        rows = load_data(data, original)
+        found = run(original, rows, gate=gate, budget=budget, seed=seed, folder=folder, progress=not as_json)
+        save(found.model, out)
+        recipe = [step.to_dict() for step in found.recipe]
+        _tell(found.report, {"model": str(out), "recipe": recipe}, report, as_json, found.passed)
 
 
 @app.command()
@@ -47,6 +124,32 @@ def doctor() -> None:
         from rewardzip_kernels.cpu.instruction_sets import choose
 
         typer.echo(f"CPU kernels use {choose(None).name}")
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """What the library says about its input, in a line and as exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        typer.echo(f"rewardzip: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _tell(report: Report, more: dict[str, Any], page: Path | None, as_json: bool, passed: bool | None = None) -> None:
+    passed = report.passed if passed is None else passed
+    if page is not None:
+        report.save(page)
+    if as_json:
+        typer.echo(json.dumps({**report.to_dict(), **more, "passed": passed}))
+    else:
+        from rich.console import Console
+
+        Console().print(report)
+        for name, value in more.items():
+            typer.echo(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+    if not passed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

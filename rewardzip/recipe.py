@@ -65,7 +65,7 @@ def compress(
     small, notes = run_steps(model, steps, rows, seed=seed, progress=progress)
     report = None
     if held is not None:
-        from .evaluate import evaluate  # type: ignore[import-not-found]
+        from .evaluate import evaluate
 
         report = evaluate(model, small, held, gate=gate, progress=progress)
     return Result(small, report, steps, notes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,6 +41,19 @@ def interleaved(
         for name, call in calls.items():
             samples[name].append(sample(call, repeats[name]))
     return {name: _timing(taken) for name, taken in samples.items()}
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """What the times were taken on, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _timing(taken: list[float]) -> Timing:

@@ -1,10 +1,19 @@
 """The command line: each command is one call of the library."""
 
+import json
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import rewardzip as rz
 from rewardzip.cli import app
+from rewardzip.sources import load_data, load_model
+from rewardzip.timing import interleaved as timed
 
 
 def run(*arguments):
@@ -30,3 +39,163 @@ def test_inspect_of_something_else_says_so(tmp_path):
     told = run("inspect", str(tmp_path))
     assert told.exit_code == 2
     assert "has no config.json" in told.output
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a model in each form, and data in each form."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("rewardzip.evaluate", "rewardzip.search"):
+        monkeypatch.setattr(
+            sys.modules[module], "interleaved", lambda calls, device, seconds: timed(calls, device, 0.01)
+        )
+    model = rz.RewardMLP(3, 1)
+    rz.save(model, "dense")
+    rz.save(rz.swap(model, rz.Int8()), "fast")
+    rz.save(rz.RewardMLP(3, 1), "other")
+    torch.save(model.net.state_dict(), "mlp.pt")
+    safetensors.torch.save_file(model.net.state_dict(), "mlp.safetensors")
+    state, action, reward = torch.randn(900, 3), torch.randn(900, 1), torch.randn(900)
+    np.savez("rows.npz", state=state, action=action, rewards=reward)
+    (tmp_path / "named_by_test.py").write_text(
+        "import torch, rewardzip as rz\n"
+        "def model(): return rz.load('dense')\n"
+        "def data():\n"
+        "    import numpy as np\n"
+        "    rows = np.load('rows.npz')\n"
+        "    return [torch.from_numpy(rows[k]) for k in ('state', 'action', 'rewards')]\n"
+        "def wrong(): return 3\n"
+    )
+    yield model, (state, action, reward)
+    sys.modules.pop("named_by_test", None)
+
+
+def test_evaluate_passes_fails_and_tells(work, tmp_path):
+    told = run("evaluate", "dense", "fast", "rows.npz", "--json", "--report", "page.html")
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    assert found["passed"]
+    assert found["truth"]["before"]["agreement"]
+    assert found["rows"] == 900
+    assert (tmp_path / "page.html").exists()
+    told = run("evaluate", "dense", "other", "rows.npz")
+    assert told.exit_code == 1
+    assert "failed: pair agreement" in told.output
+    # the limits are those of the command
+    told = run("evaluate", "dense", "other", "rows.npz", "--agreement", "0", "--epic", "1", "--best-of-n", "9")
+    assert told.exit_code == 0, told.output
+
+
+@pytest.mark.parametrize("model", ["dense", "mlp.pt", "mlp.pt:relu", "mlp.safetensors", "named_by_test:model"])
+def test_models_by_every_name_are_the_same(work, model):
+    dense, (state, action, _) = work
+    loaded = load_model(model)
+    data = load_data("rows.npz", loaded)
+    assert torch.equal(loaded(*data.inputs).flatten(), dense(state, action))
+
+
+def test_an_activation_is_named_behind_the_weights(work):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    torch.save(net.state_dict(), "q.pt")
+    x = torch.randn(5, 4)
+    assert torch.equal(load_model("q.pt:tanh")(x), net(x))
+    with pytest.raises(ValueError, match=r"'swish' is not one of relu"):
+        load_model("q.pt:swish")
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet", "function"])
+def test_data_by_every_name_are_the_same(work, form):
+    model, tensors = work
+    if form == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        state, action, reward = (t.tolist() for t in tensors)
+        columns = {f"state_{i}": [row[i] for row in state] for i in range(3)}
+        parquet.write_table(pyarrow.table({"reward": reward, **columns, "action": action}), "rows.parquet")
+    name = {"npz": "rows.npz", "parquet": "rows.parquet", "function": "named_by_test:data"}[form]
+    data = load_data(name, model)
+    assert [tuple(t.shape) for t in data.inputs] == [(900, 3), (900, 1)]
+    for mine, its in zip((*data.inputs, data.rewards), tensors, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_rejected_rows_are_known_by_their_names(work):
+    model, (state, action, _) = work
+    np.savez("pairs.npz", action=action, state=state, rejected_action=-action, rejected_state=-state)
+    data = load_data("pairs.npz", model)
+    assert torch.equal(data.inputs[0], state), "in the order of the forward's parameters"
+    assert torch.equal(data.rejected[0], -state)
+    assert torch.equal(data.rejected[1], -action)
+
+
+def test_compress_runs_a_recipe_and_saves_the_model(work):
+    model, (state, action, _) = work
+    with open("recipe.json", "w") as file:
+        json.dump({"steps": [{"step": "Quantize", "bits": 8}]}, file)
+    told = run("compress", "mlp.pt", "recipe.json", "rows.npz", "small", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.output)["model"] == "small"
+    small = rz.load("small")(torch.cat([state, action], 1)).flatten()
+    assert 0 < (small - model(state, action)).abs().max() < 0.05
+    with open("coarse.json", "w") as file:
+        json.dump({"steps": [{"step": "Quantize", "bits": 2}]}, file)
+    told = run("compress", "dense", "coarse.json", "rows.npz", "small")
+    assert told.exit_code == 1, told.output
+
+
+def test_search_tells_what_it_found(work, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["rewardzip.search"], "candidates", lambda model, data: [(rz.Quantize(8),), (rz.Quantize(2),)]
+    )
+    arguments = ("search", "named_by_test:model", "named_by_test:data", "small", "--budget", "20", "--folder", "kept")
+    told = run(*arguments, "--json")
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    assert found["recipe"][0]["step"] == "Quantize"
+    assert found["recipe"][0]["bits"] == 8
+    assert len(found["front"]) == 3
+    assert rz.explain(rz.load("small"))
+    told = run(*arguments, "--agreement", "1", "--epic", "0")
+    assert told.exit_code == 1, told.output
+    assert "no recipe is within the gate" in told.output
+
+
+def test_inspect_for_machines(work):
+    told = run("inspect", "fast", "--json")
+    assert [layer["name"] for layer in json.loads(told.output)] == ["net.0", "net.2", "net.4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("evaluate", "dense", "fast", "missing.npz"), "missing.npz"),
+        (("evaluate", "dense", "nothing", "rows.npz"), "nothing is neither a folder"),
+        (("evaluate", "dense", "mlp.pth", "rows.npz"), "mlp.pth does not exist"),
+        (("evaluate", "named_by_test:missing", "fast", "rows.npz"), "cannot be imported"),
+        (("evaluate", "named_by_test:wrong", "fast", "rows.npz"), "gives int, not a torch.nn.Module"),
+        (("evaluate", "dense", "fast", "rows.npz", "--agreement", "99"), "agreement is 99"),
+        (("evaluate", "dense", "fast", "wide.npz"), "does not take inputs of the shapes"),
+        (("evaluate", "dense", "fast", "nan.npz"), "rows of input 0 hold inf or NaN"),
+        (("evaluate", "dense", "fast", "few.npz"), "50 rows are too few"),
+        (("evaluate", "pickle.pt", "fast", "rows.npz"), "cannot be read as weights alone"),
+        (("evaluate", "conv.pt", "fast", "rows.npz"), "is not of an MLP alone"),
+        (("evaluate", "gap.pt", "fast", "rows.npz"), "gives 8 numbers, '1.' after it takes 9"),
+        (("compress", "dense", "recipe.txt", "rows.npz", "small"), "recipe.txt"),
+        (("search", "dense", "rows.npz", "small", "--budget", "0"), "budget is 0"),
+    ],
+)
+def test_bad_input_is_code_2_and_a_line(work, tmp_path, arguments, said):
+    _, (state, action, _) = work
+    np.savez("wide.npz", state=torch.randn(900, 9), action=action)
+    np.savez("nan.npz", state=state.index_fill(1, torch.tensor([0]), torch.nan), action=action)
+    np.savez("few.npz", state=state[:50], action=action[:50])
+    torch.save(rz.RewardMLP(3, 1), "pickle.pt")
+    torch.save(nn.Conv2d(1, 1, 3).state_dict(), "conv.pt")
+    torch.save({"0.weight": torch.randn(8, 4), "1.weight": torch.randn(1, 9)}, "gap.pt")
+    told = run(*arguments)
+    assert told.exit_code == 2, told.output
+    assert said in told.output.replace("\n", ""), told.output
+    assert "Traceback" not in told.output
+    assert not (tmp_path / "small").exists()

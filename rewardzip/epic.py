@@ -1,0 +1,79 @@
+"""EPIC, the distance between rewards that potential shaping and rescaling leave at zero.
+
+Gleave et al., Quantifying differences in reward functions, ICLR 2021. It needs to know which input is the state, which
+the action and which the next state; for plain rows there is ``fidelity.pearson_distance``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .fidelity import DRAWS, LEAST_ROWS, Figure, pearson_distance
+
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+ROWS, SAMPLES, BATCH = 2048, 64, 16_384
+
+
+def epic_distance(
+    before: Reward,
+    after: Reward,
+    states: Tensor,
+    actions: Tensor,
+    next_states: Tensor,
+    *,
+    discount: float = 0.99,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Figure:
+    """The distance of two rewards of (state, action, next state), over the transitions given.
+
+    What a potential adds, ``discount * p(next state) - p(state)``, is taken out of both: from each transition's reward
+    goes what its two states are worth by themselves, the mean over actions and next states drawn from those given.
+    The same are drawn for both rewards, so the shaping goes whole and not on average.
+    """
+    lengths = [len(states), len(actions), len(next_states)]
+    if len(set(lengths)) != 1 or next_states.shape != states.shape:
+        shapes = [tuple(t.shape) for t in (states, actions, next_states)]
+        raise ValueError(f"EPIC: states, actions and next states have the shapes {shapes}")
+    if lengths[0] < LEAST_ROWS:
+        raise ValueError(f"EPIC: {lengths[0]} transitions are too few; it takes {LEAST_ROWS}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(lengths[0], generator=generator)[:ROWS]
+    action, reached = (t[torch.randint(len(t), (SAMPLES,), generator=generator)] for t in (actions, states))
+    transitions = states[rows], actions[rows], next_states[rows]
+    x, y = (_canonical(reward, transitions, action, reached, discount) for reward in (before, after))
+    for name, canonical in (("first", x), ("second", y)):
+        if not canonical.isfinite().all():
+            raise ValueError(f"EPIC: the {name} reward is inf or NaN somewhere")
+    drawn = []
+    for _ in range(draws):
+        picks = torch.randint(len(x), (len(x),), generator=generator)
+        drawn.append(pearson_distance(x, y, torch.bincount(picks, minlength=len(x)).double()))
+    return Figure.of(pearson_distance(x, y), drawn)
+
+
+def _canonical(
+    reward: Reward, transitions: tuple[Tensor, Tensor, Tensor], action: Tensor, reached: Tensor, discount: float
+) -> Tensor:
+    """The canonically shaped reward but for its constant, which no correlation sees."""
+    state, _, next_state = transitions
+    worth_before, worth_after = (_mean_from(reward, s, action, reached) for s in (state, next_state))
+    return reward(*transitions).double().cpu() + discount * worth_after - worth_before
+
+
+def _mean_from(reward: Reward, states: Tensor, action: Tensor, reached: Tensor) -> Tensor:
+    """The mean reward of leaving each state by the sampled actions for the sampled states."""
+    samples = len(action)
+    means = []
+    for part in states.split(max(1, BATCH // samples)):
+        rewards = reward(
+            part.repeat_interleave(samples, 0),
+            action.repeat(len(part), *[1] * (action.dim() - 1)),
+            reached.repeat(len(part), *[1] * (reached.dim() - 1)),
+        )
+        means.append(rewards.double().cpu().view(len(part), samples).mean(1))
+    return torch.cat(means)

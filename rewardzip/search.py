@@ -1,0 +1,292 @@
+"""``search``: the recipe to take, measured on the user's own model, rows and machine.
+
+The recipes to try are few and each has a meaning, so they are listed (``candidates.py``) and not sampled; what is worth
+economy is training. So: all of them first, hardly trained; then the better half after some training; then half of those
+after all of it (successive halving). "Better" is what is gained, and how near to the gate. An optimiser such as optuna
+would add a dependency to model a space of some twenty points, and its pruners do not take several objectives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .candidates import at, candidates, title
+from .data import Data
+from .evaluate import Returns, evaluate, worst
+from .fidelity import LEAST_ROWS, Figure, compare
+from .footprint import size
+from .gate import Gate
+from .journal import Journal, fingerprint
+from .progress import shown
+from .recipe import run_steps
+from .report import Candidate, Report
+from .running import device_of, eval_mode, outputs
+from .steps import Step
+from .timing import interleaved
+
+HELD_OUT = 0.3
+"""The share of the rows that nothing is trained on: half of it chooses, half makes the report."""
+RUNGS = (0.05, 0.25, 1.0)
+"""Of a recipe's training, the share that it gets in each round."""
+SECONDS = 0.4
+"""What timing a candidate takes."""
+
+Recipe = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer of a search. An empty recipe says: leave it dense."""
+
+    model: nn.Module
+    recipe: Recipe
+    report: Report
+    passed: bool
+    """Whether the model is within the gate, on rows that had no part in choosing it."""
+
+    @property
+    def front(self) -> tuple[Candidate, ...]:
+        """The candidates that no other beats in size, time and fidelity at once."""
+        return tuple(candidate for candidate in self.report.front if candidate.on_front)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One recipe, trained for one share of its training, as measured."""
+
+    recipe: Recipe
+    rung: int
+    smaller: float
+    faster: float
+    agreement: float
+    excess: float
+    """What was lost as a share of what the gate lets go: passes at 1."""
+    surely: float
+    """The same at the worse end of the intervals."""
+    returns: float | None
+    spent: float
+
+    @property
+    def gain(self) -> float:
+        return self.smaller * self.faster
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        return (-self.smaller, -self.faster, self.excess, *(() if self.returns is None else (-self.returns,)))
+
+
+def search(
+    model: nn.Module,
+    data: Data | Sequence[Tensor] | Tensor,
+    *,
+    gate: Gate | None = None,
+    budget: float = 600,
+    recipes: Sequence[Sequence[Step]] | None = None,
+    batch: int = 1024,
+    returns: Returns | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Found:
+    """The recipe within the gate whose model is the smallest and fastest: times smaller x times faster, at ``batch``.
+
+    budget: seconds, with those that a killed search had spent in ``folder``, which keeps what was measured.
+    recipes: what to try; by default what suits the model. returns: see ``evaluate``; asked of those fully trained, and
+    one objective more. Where nothing is within the gate, the one nearest to it is returned, not ``passed``; where
+    nothing within it is smaller and faster, the model as it is.
+    """
+    gate = gate or Gate()
+    data = Data.of(model, data)
+    if not budget > 0:
+        raise ValueError(f"search: budget is {budget} seconds; it must be above 0")
+    needed = int(LEAST_ROWS / HELD_OUT * 2) + 1
+    if len(data) < needed:
+        raise ValueError(f"search: {len(data)} rows are too few to train, to choose and to judge by; give {needed}")
+    rows, held = data.split(HELD_OUT, seed)
+    chooses, judges = held.split(0.5, seed)
+    tried = tuple(tuple(recipe) for recipe in (candidates(model, rows) if recipes is None else recipes))
+    if not tried:
+        raise ValueError("search: there are no recipes to try")
+    journal = Journal(folder, fingerprint(model, data, seed, batch))
+    bench = _Bench(model, rows, chooses, gate, batch, returns, seed)
+    with shown("search", budget, progress) as show:
+        trials = _halving(bench, tried, journal, budget, show)
+        show("judging the choice", budget)
+        chosen = _choose(trials)
+        if chosen is None:
+            raise ValueError(f"search: none of the {len(tried)} recipes works on the model: {bench.failed[0]}")
+        dense = chosen.excess <= 1 and chosen.gain <= 1
+        recipe = () if dense else at(chosen.recipe, RUNGS[chosen.rung])
+        # a resumed search has the numbers of what it chose, not the model: the same steps and seed make it again
+        small = bench.built.get((chosen.recipe, chosen.rung)) or bench.build(recipe)
+        small = model if dense else small
+        report = evaluate(
+            model,
+            small,
+            judges,
+            gate=gate,
+            batches=(1, batch),
+            returns=returns,
+            seconds=3 * SECONDS,
+            seed=seed,
+            progress=False,
+        )
+    front = _front(trials, None if dense else chosen)
+    report = replace(report, front=front, notes=_notes(trials, chosen, dense, bench))
+    return Found(small, recipe, report, report.passed and chosen.excess <= 1)
+
+
+class _Bench:
+    """Builds recipes and measures what comes out, always in the same way."""
+
+    def __init__(
+        self, model: nn.Module, rows: Data, judged: Data, gate: Gate, batch: int, returns: Returns | None, seed: int
+    ) -> None:
+        self.model, self.rows, self.gate, self.returns, self.seed = model, rows, gate, returns, seed
+        device = device_of(model)
+        self.inputs = tuple(t.to(device) for t in judged.inputs)
+        part = torch.arange(batch) % len(judged)
+        self.timed = tuple(t[part.to(device)] for t in self.inputs)
+        with eval_mode(model):
+            self.before = outputs(model, self.inputs)
+        self.disk = size(model).disk
+        self.built: dict[tuple[Recipe, int], nn.Module] = {}
+        self.failed: list[str] = []
+
+    def build(self, recipe: Recipe) -> nn.Module:
+        return run_steps(self.model, recipe, self.rows, seed=self.seed, progress=False)[0]
+
+    def __call__(self, recipe: Recipe, rung: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        small = self.build(at(recipe, RUNGS[rung]))
+        self.built[recipe, rung] = small
+        with eval_mode(self.model, small), torch.no_grad():
+            after = outputs(small, self.inputs)
+            calls = {"before": lambda: self.model(*self.timed), "after": lambda: small(*self.timed)}
+            taken = interleaved(calls, device_of(small), SECONDS)
+        played = None
+        if self.returns and RUNGS[rung] == 1:
+            played = float(torch.as_tensor(self.returns(small), dtype=torch.float64).mean())
+        figures = self.figures(after)
+        return {
+            "smaller": self.disk / size(small).disk,
+            "faster": taken["before"].p50 / taken["after"].p50,
+            "agreement": figures["agreement"].value if figures else 0.0,
+            "figures": {name: [f.value, f.low, f.high] for name, f in figures.items()},
+            "returns": played,
+            "spent": time.perf_counter() - start,
+        }
+
+    def figures(self, after: Tensor) -> dict[str, Figure]:
+        """Empty where the model is broken: NaN, or one value for all rows."""
+        if not after.isfinite().all() or any(column.min() == column.max() for column in after.T):
+            return {}
+        figures = worst([compare(x, y, draws=100) for x, y in zip(self.before.T, after.T, strict=True)])
+        if after.shape[1] > 1:
+            figures["greedy"] = Figure.mean((self.before.argmax(1) == after.argmax(1)).double())
+        return figures
+
+
+def _halving(
+    bench: _Bench, tried: Sequence[Recipe], journal: Journal, budget: float, show: Callable[[str, float], None]
+) -> list[_Trial]:
+    """Every trial there was time for, those of earlier runs included."""
+    start, before = time.perf_counter(), sum(entry["spent"] for entry in journal.entries.values())
+    trials: list[_Trial] = []
+    running = list(tried)
+    for rung in range(len(RUNGS)):
+        done: list[_Trial] = []
+        for recipe in running:
+            steps = at(recipe, RUNGS[rung])
+            key = f"{rung} {json.dumps([step.to_dict() for step in steps])}"
+            known = [t for t in trials if at(t.recipe, RUNGS[t.rung]) == steps]
+            if known:  # nothing in it is trained
+                done += known[:1]
+                continue
+            spent = before + time.perf_counter() - start
+            if key not in journal.entries:
+                # the final report takes its time as well, and the first round is always run
+                if spent + _expected(recipe, rung, trials) > budget - min(10, budget / 4) and trials:
+                    continue
+                show(f"round {rung + 1}, {len(done) + 1}/{len(running)}: {title(steps)}", spent)
+                try:
+                    measured = bench(recipe, rung)
+                except ValueError as error:
+                    bench.failed.append(f"{title(recipe)}: {error}")
+                    continue
+                journal.add(key, measured)
+            done.append(_trial(recipe, rung, journal.entries[key], bench.gate))
+            trials += done[-1:]
+        running = [t.recipe for t in sorted(done, key=_promise, reverse=True)][: max(3, (len(done) + 1) // 2)]
+    return trials
+
+
+def _expected(recipe: Recipe, rung: int, trials: Sequence[_Trial]) -> float:
+    """Seconds that a trial will take, from what the same recipe took with less training."""
+    earlier = [t for t in trials if t.recipe == recipe]
+    if not earlier:
+        return max((t.spent for t in trials), default=0.0)
+    return earlier[-1].spent * RUNGS[rung] / RUNGS[earlier[-1].rung]
+
+
+def _trial(recipe: Recipe, rung: int, entry: dict[str, Any], gate: Gate) -> _Trial:
+    figures = {name: Figure(*three) for name, three in entry["figures"].items()}
+    excess, surely = gate.excess(figures), gate.excess(figures, surely=True)
+    kept = {name: entry[name] for name in ("smaller", "faster", "agreement", "returns", "spent")}
+    return _Trial(recipe, rung, excess=excess, surely=surely, **kept)
+
+
+def _promise(trial: _Trial) -> float:
+    """What more training is spent by: the gain, and far less of it the further from the gate. What another beats in
+    everything promises less than the other."""
+    return float(trial.gain / max(trial.excess, 1) ** 4)
+
+
+def _choose(trials: Sequence[_Trial]) -> _Trial | None:
+    """The most gained within the gate, those first whose intervals lie within it; else the nearest to the gate."""
+    # of each recipe what lost least; its size and time do not depend on training
+    best: dict[Recipe, _Trial] = {}
+    for trial in sorted(trials, key=lambda t: (t.surely, -t.rung)):
+        best.setdefault(trial.recipe, trial)
+    for within in ([t for t in best.values() if t.surely <= 1], [t for t in best.values() if t.excess <= 1]):
+        if within:
+            # times differ by this much from one run to the next: then the simpler recipe
+            most = max(t.gain for t in within)
+            return min((t for t in within if t.gain > 0.95 * most), key=lambda t: (len(t.recipe), t.excess))
+    return min(best.values(), key=lambda t: t.excess, default=None)
+
+
+def _front(trials: Sequence[_Trial], chosen: _Trial | None) -> tuple[Candidate, ...]:
+    """Every trial, and whether it is among those that none beats."""
+
+    def beaten(trial: _Trial) -> bool:
+        pairs = [list(zip(other.costs, trial.costs, strict=False)) for other in trials]
+        return any(all(a <= b for a, b in pair) and any(a < b for a, b in pair) for pair in pairs)
+
+    listed = [Candidate("original", 1, 1, 1, True, chosen=chosen is None)]
+    for trial in trials:
+        name = title(at(trial.recipe, RUNGS[trial.rung]))
+        figures = trial.smaller, trial.faster, trial.agreement, trial.excess <= 1
+        listed.append(Candidate(name, *figures, trial == chosen, not beaten(trial), trial.returns))
+    return tuple(listed)
+
+
+def _notes(trials: Sequence[_Trial], chosen: _Trial, dense: bool, bench: _Bench) -> tuple[str, ...]:
+    notes = [f"{len(trials)} models of {len({t.recipe for t in trials})} recipes were measured"]
+    if dense:
+        notes.append("leave it dense: nothing within the gate is both smaller and faster by more than it costs")
+    elif chosen.excess > 1:
+        notes.append(
+            f"no recipe is within the gate; the nearest is {title(chosen.recipe)}; leave it dense, or widen it"
+        )
+    else:
+        notes.append(f"chosen: {title(at(chosen.recipe, RUNGS[chosen.rung]))}")
+    return (*notes, *(f"not tried: {reason}" for reason in bench.failed))

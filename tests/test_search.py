@@ -1,0 +1,233 @@
+"""``rz.search`` on steps whose worth is known: what it chooses, what it refuses, and what a kill leaves."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import rewardzip as rz
+from rewardzip.candidates import at, candidates, title
+from rewardzip.journal import FILE
+from rewardzip.search import RUNGS, search
+from rewardzip.steps import STEPS, Step
+
+RUNS = []
+
+
+@dataclass(frozen=True)
+class Cut(Step):
+    """Hidden neurons to zero, by their number; what is left is made small and fast."""
+
+    gone: int = 0
+    noise: float = 0.0
+    steps: int = 100
+    seconds: float = 0.0
+
+    def apply(self, model, work):
+        RUNS.append(self)
+        if self.seconds < 0:
+            raise KeyboardInterrupt
+        time.sleep(self.seconds)
+        first, last = model.net[0], model.net[2]
+        keep = first.out_features - self.gone
+        small = rz.RewardMLP(model.state_dict()["net.0.weight"].shape[1] - 2, 2, (keep,))
+        with torch.no_grad():
+            small.net[0].weight.copy_(first.weight[:keep])
+            small.net[0].bias.copy_(first.bias[:keep])
+            small.net[2].weight.copy_(last.weight[:, :keep] * (1 + self.noise * torch.randn(keep)))
+            small.net[2].bias.copy_(last.bias)
+        return small
+
+
+@dataclass(frozen=True)
+class Bloat(Step):
+    """The same model with ballast."""
+
+    def apply(self, model, work):
+        class Heavy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model, self.ballast = model, nn.Linear(500, 500)
+
+            def forward(self, state, action):
+                self.ballast(torch.ones(100, 500))
+                return self.model(state, action)
+
+        return Heavy()
+
+
+@dataclass(frozen=True)
+class Never(Step):
+    def check(self, model, data):
+        raise ValueError("Never: not on this model")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    RUNS.clear()
+    monkeypatch.setattr(sys.modules["rewardzip.search"], "SECONDS", 0.02)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _unregistered():
+    """The steps of this file are none of the package's."""
+    for kind in (Cut, Bloat, Never):
+        STEPS.pop(kind.__name__)
+
+
+@pytest.fixture
+def case():
+    """A model 256 neurons wide of which the last 192 do nothing."""
+    model = rz.RewardMLP(6, 2, (256,))
+    with torch.no_grad():
+        model.net[2].weight[:, 64:] = 0
+    data = torch.randn(1200, 6), torch.randn(1200, 2)
+    return model, data
+
+
+def find(case, recipes, **options):
+    model, data = case
+    return search(model, data, recipes=recipes, batch=64, **{"progress": False, **options})
+
+
+def test_the_smallest_within_the_gate_is_chosen(case):
+    before = {k: v.clone() for k, v in case[0].state_dict().items()}
+    found = find(case, [(Cut(64),), (Cut(192),), (Cut(232),)])
+    assert found.recipe == (Cut(192),)
+    assert found.passed
+    assert found.model.hidden == (64,)
+    assert found.report.figures["agreement"].value == 1
+    listed = {c.name: c for c in found.report.front}
+    assert not listed["Cut(gone=232)"].passed
+    assert [c.name for c in found.report.front if c.chosen] == ["Cut(gone=192)"]
+    assert listed["Cut(gone=232)"] in found.front, "the smallest of all is on the front, passed or not"
+    assert "chosen: Cut(gone=192)" in str(found.report)
+    assert all(torch.equal(case[0].state_dict()[k], v) for k, v in before.items())
+
+
+def test_a_gate_that_nothing_meets_gives_the_nearest_marked_failed(case):
+    found = find(case, [(Cut(216),), (Cut(240),)], gate=rz.Gate(agreement=0.9999))
+    assert not found.passed
+    assert found.recipe == (Cut(216),)
+    assert found.report.failures
+    assert any("no recipe is within the gate" in note for note in found.report.notes)
+
+
+def test_leave_it_dense(case):
+    found = find(case, [(Bloat(),)])
+    assert found.recipe == ()
+    assert found.model is case[0]
+    assert found.passed
+    assert any("leave it dense" in note for note in found.report.notes)
+    assert next(c for c in found.report.front if c.chosen).name == "original"
+
+
+def test_the_better_half_is_trained_on(case):
+    widths = (0, 40, 80, 120, 160, 190)
+    find(case, [(Cut(gone, steps=100 + gone),) for gone in widths])
+    trained = {}
+    for step in RUNS:
+        trained.setdefault(step.gone, []).append(step.steps / (100 + step.gone))
+    rungs = {gone: len(shares) for gone, shares in trained.items()}
+    assert set(rungs) == set(widths)
+    assert all(shares == pytest.approx(RUNGS[: len(shares)], abs=0.01) for shares in trained.values())
+    # all are within the gate: those that gain most go on
+    assert rungs[190] == 3
+    assert rungs[0] == 1
+    assert sum(n >= 2 for n in rungs.values()) == sum(n == 3 for n in rungs.values()) == 3
+
+
+def test_a_killed_search_goes_on_where_it_was(case, tmp_path):
+    recipes = [(Cut(64),), (Cut(128),), (Cut(192),), (Cut(96, seconds=-1),)]
+    with pytest.raises(KeyboardInterrupt):
+        find(case, recipes, folder=tmp_path)
+    first = (tmp_path / FILE).read_text()
+    assert len(first.splitlines()) == 1 + 3
+    # killed in the middle of a line
+    (tmp_path / FILE).write_text(first[:-20])
+    RUNS.clear()
+    found = find(case, recipes[:3], folder=tmp_path)
+    assert [step for step in RUNS if step.steps == 5] == [Cut(192, steps=5)], "the first two were measured already"
+    assert found.recipe[0].gone == 192
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert len({line["key"] for line in lines[1:]}) == len(lines) - 1
+    # a finished one answers from what it has, and makes the model again
+    RUNS.clear()
+    again = find(case, recipes[:3], folder=tmp_path)
+    assert again.recipe == found.recipe
+    assert len(RUNS) == 1
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.model.state_dict().values(), found.model.state_dict().values(), strict=True)
+    )
+
+
+def test_the_folder_of_another_search_is_refused(case, tmp_path):
+    find(case, [(Cut(64),)], folder=tmp_path)
+    other = rz.RewardMLP(6, 2, (256,)), case[1]
+    with pytest.raises(ValueError, match="another model, data or seed"):
+        find(other, [(Cut(64),)], folder=tmp_path)
+
+
+def test_the_budget_is_kept(case, tmp_path):
+    recipes = [(Cut(gone, seconds=0.3),) for gone in range(20)]
+    start = time.perf_counter()
+    found = find(case, recipes, budget=4, folder=tmp_path)
+    assert time.perf_counter() - start < 12
+    assert found.passed
+    tried = len(found.report.front) - 1
+    assert 1 <= tried < 20
+    # with more time it goes on
+    more = find(case, recipes, budget=10, folder=tmp_path)
+    assert len(more.report.front) - 1 > tried
+
+
+def test_returns_are_asked_of_what_is_fully_trained(case):
+    asked = []
+    found = find(case, [(Cut(64),), (Cut(192),)], returns=lambda m: asked.append(m) or 5.0)
+    assert {c.returns for c in found.report.front} == {None, 5.0}
+    assert len(asked) == 2 + 2, "each of two at the end, then both models of the report"
+    assert found.report.returns["after"].value == 5
+
+
+def test_broken_candidates_are_never_chosen(case):
+    found = find(case, [(Cut(192, noise=float("nan")),), (Cut(0),)])
+    assert [c.passed for c in found.report.front if "nan" in c.name] == [False] * len(
+        [c for c in found.report.front if "nan" in c.name]
+    )
+    assert found.passed
+
+
+def test_bad_input_is_named(case):
+    model, (state, action) = case
+    with pytest.raises(ValueError, match=r"600 rows are too few.*give 667"):
+        find((model, (state[:600], action[:600])), [(Cut(1),)])
+    with pytest.raises(ValueError, match="budget is 0"):
+        find(case, [(Cut(1),)], budget=0)
+    with pytest.raises(ValueError, match="no recipes"):
+        find(case, [])
+    with pytest.raises(ValueError, match=r"none of the 1 recipes works.*Never: not on this model"):
+        find(case, [(Never(),)])
+    found = find(case, [(Never(),), (Cut(192),)])
+    assert any("not tried: Never()" in note for note in found.report.notes)
+
+
+def test_recipes_in_words_and_in_part():
+    recipe = (rz.FineTune(steps=2000), rz.Quantize(4))
+    assert title(recipe) == "FineTune(steps=2000) + Quantize(bits=4)"
+    assert at(recipe, 0.25) == (rz.FineTune(steps=500), rz.Quantize(4))
+    assert at((rz.FineTune(steps=3),), 0.05) == (rz.FineTune(steps=1),)
+
+
+def test_the_usual_candidates_fit_the_usual_model():
+    model = rz.RewardMLP(17, 6, (256, 256))
+    data = rz.Data((torch.randn(400, 17), torch.randn(400, 6)))
+    listed = candidates(model, data)
+    assert len(listed) == len(set(listed)) > 10
+    for recipe in listed:
+        for step in recipe:
+            step.check(model, data)
