@@ -12,6 +12,7 @@ from .explain import explain as explain
 from .fit import fit as fit
 from .int8 import Int8 as Int8
 from .models import RewardMLP as RewardMLP
+from .score import score as score
 from .swap import refresh as refresh
 from .swap import restore as restore
 from .swap import swap as swap
