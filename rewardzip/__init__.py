@@ -9,6 +9,7 @@ from .checkpoint import save as save
 from .data import Data as Data
 from .ensemble import fuse_ensemble as fuse_ensemble
 from .explain import explain as explain
+from .export import export as export
 from .fit import fit as fit
 from .int8 import Int8 as Int8
 from .models import RewardMLP as RewardMLP

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def score_parts(
 ) -> Iterator[tuple[Part, Found]]:
     """Write the parts in turn, and tell of each what was wrong with its rows; ``advance`` hears of rows written."""
     threads, several = torch.get_num_threads(), scorer.workers > 1
-    pool = ThreadPoolExecutor(scorer.workers, "score", torch.set_num_threads if several else None, (1,) * several)
+    pool = ThreadPoolExecutor(scorer.workers, "score", partial(torch.set_num_threads, 1 if several else threads))
     waiting: deque[tuple[Part, Future[Any]]] = deque()
     writer: PartWriter | None = None
     batches = _batches(scorer, parts)
@@ -57,9 +58,8 @@ def score_parts(
                 yield part, done
     finally:
         pool.shutdown(cancel_futures=True)
-        if several:
-            # what a worker sets for itself is also what later threads start with
-            torch.set_num_threads(threads)
+        # what a worker sets for itself is also what later threads start with
+        torch.set_num_threads(threads)
         if writer is not None:
             writer.abandon()
 
@@ -91,10 +91,8 @@ class PartWriter:
         self.target, self.rows, self.found = folder / part.name, 0, Found()
         self.draft = folder / f".{part.name}-{secrets.token_hex(4)}.tmp"
         self.sink = open(self.draft, "xb")  # noqa: SIM115
-        dictionaries = ["file"]
-        self.parquet = pa.parquet.ParquetWriter(
-            self.sink, schema, use_dictionary=dictionaries, column_encoding={"row": "DELTA_BINARY_PACKED"}
-        )
+        encodings = {"use_dictionary": ["file"], "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
+        self.parquet = pa.parquet.ParquetWriter(self.sink, schema, **encodings)
 
     def write(self, table: Any, found: Found) -> None:
         self.parquet.write_batch(table)

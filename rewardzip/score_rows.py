@@ -1,4 +1,4 @@
-"""Rows of parquet to scores: columns side by side as the model's inputs, rows that cannot be scored found and kept apart."""
+"""Rows of parquet to scores: columns side by side as the model's inputs; rows that cannot be scored are found here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .nn import CompressedLinear
 from .score_plan import Part, Plan, need_pyarrow
 
 # what is read at once, in bytes of one batch's inputs; a few batches are in memory at any time
@@ -100,7 +101,8 @@ class Scorer:
 
     def score(self, batch: Any, part: Part, first_row: int) -> tuple[Any, Found]:
         """One batch as it is written, and what was wrong with it; on a thread of the pool."""
-        inputs, faults = [], {}
+        inputs: list[np.ndarray] = []
+        faults: dict[str, np.ndarray] = {}
         for group in self.plan.columns:
             x, wrong = self._input(batch, group)
             inputs.append(x)
@@ -153,8 +155,9 @@ class Scorer:
 
     def _fill(self, part: np.ndarray, column: Any, name: str) -> dict[str, np.ndarray]:
         """Write a column into its place; the rows that have no value, or a list of another length."""
-        pc, width, faults = self.pa.compute, part.shape[1], {}
-        good = None
+        pc, width = self.pa.compute, part.shape[1]
+        faults: dict[str, np.ndarray] = {}
+        good: np.ndarray | None = None
         if column.null_count:
             good = column.is_valid().to_numpy(zero_copy_only=False)
             faults[f"{name}: null"] = ~good
@@ -172,7 +175,7 @@ class Scorer:
             inner = ~values.is_valid().to_numpy(zero_copy_only=False).reshape(-1, width).all(1)
             rows = np.zeros(len(part), bool)
             rows[slice(None) if good is None else good] = inner
-            faults[f"{name}: null"] = rows | faults.get(f"{name}: null", False)
+            faults[f"{name}: null"] = rows if good is None else rows | faults.get(f"{name}: null", ~good)
             values = pc.fill_null(values, False if self.pa.types.is_boolean(values.type) else 0)
         numbers = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -197,9 +200,8 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a model's numbers are, and the type of its inputs."""
     tensors = [*model.parameters(), *model.buffers()]
     kinds = {t.dtype for t in model.parameters() if t.is_floating_point()}
-    kinds |= {m.dtype for m in model.modules() if isinstance(getattr(m, "dtype", None), torch.dtype)}
-    narrow = len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16, torch.float64}
-    return tensors[0].device if tensors else torch.device("cpu"), kinds.pop() if narrow else torch.float32
+    kinds |= {m.dtype for m in model.modules() if isinstance(m, CompressedLinear)}
+    return tensors[0].device if tensors else torch.device("cpu"), kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def numpy_of(y: Tensor) -> np.ndarray:
