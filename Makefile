@@ -12,13 +12,18 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test lint audit launch-cost bench bench-cpu gpu clean
+.PHONY: demo test test-clients lint audit launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# tests against the real packages of others: heavy, so apart
+test-clients: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[score,ray,onnx,clients]"
+	$(BIN)/python -m pytest -m clients
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -46,7 +51,7 @@ gpu: $(if $(DRY),$(VENV)/ready)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,test,bench,lint,build]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,score,onnx,test,bench,lint,build]"
 	touch $@
 
 clean:

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference
+from rewardzip_kernels.int8_linear import int8_linear_reference
+
 from .fuse import FusedForward, unfuse
 from .nn import Int8Linear
 from .parity import error_bound, tensors
@@ -113,8 +116,8 @@ def _compare(
         share = torch.where(errors == 0, 0.0, errors / bound).nan_to_num(nan=torch.inf)
         at = int(share.argmax())
         nearest = max(nearest, (float(share.flatten()[at]), float(errors.flatten()[at]), float(bound.flatten()[at])))
-    share, error, limit = nearest
-    if not share <= 1:
+    worst, error, limit = nearest
+    if not worst <= 1:
         raise ValueError(f"export: {runtime} is off by {error:.3g} where at most {limit:.3g} can be explained")
     return error, limit
 
@@ -173,9 +176,15 @@ def _pt2(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str,
 
 def _pte(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str, Run]:
     try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
         from executorch.runtime import Runtime
     except ImportError as error:
         raise ImportError("export to .pte takes ExecuTorch: pip install executorch") from error
-    raise NotImplementedError
+    ops = torch.ops.rewardzip
+    # the references are plain torch, which ExecuTorch's portable kernels run; int8 weights stay int8 in the file
+    table = {**torch.export.default_decompositions(), ops.int8_linear.default: int8_linear_reference}
+    table |= {ops.int8_dynamic_linear.default: int8_dynamic_linear_reference}
+    program = _trace(unfused(model), inputs).run_decompositions(table)
+    path.write_bytes(to_edge_transform_and_lower(program).to_executorch().buffer)
+    method = Runtime.get().load_program(path).load_method("forward")
+    return "ExecuTorch", lambda given: tensors(list(method.execute(list(given))))

@@ -8,13 +8,14 @@ rows rounded        ``quantize_rows`` written out, then MatMulInteger: a scale p
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewardzip_kernels.quantize import QMAX, TINY
 
@@ -109,9 +110,9 @@ def _translate(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> 
         return torch.onnx.export(program, dynamo=True, custom_translation_table=table, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         told = str(error.__cause__ or error)
-        # what could not be translated may have been another op before torch.onnx took it apart
-        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
-        nodes = [node for node in nodes if f"%{node.name} :" in told]
+        # torch.onnx takes ops apart first: special_bessel_j0 is bessel_j0 by then
+        name = re.search(r"%(\w+) :", told)
+        nodes = [node for node in program.graph.nodes if name and f"_{node.name}".endswith(f"_{name[1]}")]
         where = f"{layer_of(nodes[0])} uses {nodes[0].target}" if nodes else told.splitlines()[0]
         raise ValueError(f"export: {where}, which has no form in ONNX") from error
 

@@ -63,8 +63,9 @@ class _Products(TorchFunctionMode):
         size, u = x.abs() @ columns.abs(), UNIT[torch.float32]
         if bias is not None:
             size = size + bias.detach().abs()
-        sums = C * (self.unit * z.abs() + x.shape[-1] ** 0.5 * u * size)
-        return sums + 4 * u * (size + columns.abs().sum(-2, keepdim=columns.dim() > 2))
+        sums: Tensor = C * (self.unit * z.abs() + x.shape[-1] ** 0.5 * u * size)
+        sums += 4 * u * (size + columns.abs().sum(-2, keepdim=columns.dim() > 2))
+        return sums
 
 
 def _step(layer: Int8Linear, x: Tensor) -> Tensor | None:

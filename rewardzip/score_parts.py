@@ -35,17 +35,24 @@ def score_parts(
     pool = ThreadPoolExecutor(scorer.workers, "score", partial(torch.set_num_threads, 1 if several else threads))
     waiting: deque[tuple[Part, Future[Any]]] = deque()
     writer: PartWriter | None = None
+    unreadable: ValueError | None = None
     batches = _batches(scorer, parts)
     try:
         while True:
             # this thread reads and writes while the pool computes
-            following = next(batches, None)
+            try:
+                following = next(batches, None)
+            except ValueError as error:
+                # what was read before is finished first
+                unreadable, following = error, None
             if following is not None:
                 part, batch, first_row = following
                 waiting.append((part, pool.submit(scorer.score, batch, part, first_row)))
                 if len(waiting) <= scorer.workers + 1:
                     continue
             if not waiting:
+                if unreadable is not None:
+                    raise unreadable
                 return
             part, future = waiting.popleft()
             table, found = future.result()

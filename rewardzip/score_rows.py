@@ -173,9 +173,9 @@ class Scorer:
         values = column.flatten() if nested else column
         if values.null_count:  # a null inside a list
             inner = ~values.is_valid().to_numpy(zero_copy_only=False).reshape(-1, width).all(1)
-            rows = np.zeros(len(part), bool)
+            rows, column_nulls = np.zeros(len(part), bool), faults.get(f"{name}: null")
             rows[slice(None) if good is None else good] = inner
-            faults[f"{name}: null"] = rows if good is None else rows | faults.get(f"{name}: null", ~good)
+            faults[f"{name}: null"] = rows if column_nulls is None else rows | column_nulls
             values = pc.fill_null(values, False if self.pa.types.is_boolean(values.type) else 0)
         numbers = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         with np.errstate(over="ignore", invalid="ignore"):
