@@ -13,9 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference
-from rewardzip_kernels.int8_linear import int8_linear_reference
-
 from .fuse import FusedForward, unfuse
 from .nn import Int8Linear
 from .parity import error_bound, tensors
@@ -53,7 +50,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Tenso
     """Write ``model`` for another runtime, run it there, and print and return how far the outputs are apart.
 
     path: ``.onnx`` (standard operators, int8 weights stay int8), ``.pt2`` (torch.export; ``import rewardzip`` before
-    loading it) or ``.pte`` (ExecuTorch). example_inputs: the forward's tensors, whose first dimension is the batch and
+    loading it) or ``.pte`` (ExecuTorch, up to 1024 rows a call). example_inputs: the forward's tensors, whose first dimension is the batch and
     stays free. The file appears only if all outputs lie within the bound of ``parity.py``; for ``.pt2``, if all are the
     same to the bit. What is written computes on the CPU as the model does there.
     """
@@ -136,8 +133,10 @@ def unfused(model: nn.Module) -> nn.Module:
     return model
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    rows = torch.export.Dim("rows", min=1, max=2**31 - 1)
+def _trace(
+    model: nn.Module, inputs: tuple[Tensor, ...], most_rows: int = 2**31 - 1
+) -> torch.export.ExportedProgram:
+    rows = torch.export.Dim("rows", min=1, max=most_rows)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,16 +174,8 @@ def _pt2(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str,
 
 
 def _pte(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str, Run]:
-    try:
-        from executorch.exir import to_edge_transform_and_lower
-        from executorch.runtime import Runtime
-    except ImportError as error:
-        raise ImportError("export to .pte takes ExecuTorch: pip install executorch") from error
-    ops = torch.ops.rewardzip
-    # the references are plain torch, which ExecuTorch's portable kernels run; int8 weights stay int8 in the file
-    table = {**torch.export.default_decompositions(), ops.int8_linear.default: int8_linear_reference}
-    table |= {ops.int8_dynamic_linear.default: int8_dynamic_linear_reference}
-    program = _trace(unfused(model), inputs).run_decompositions(table)
-    path.write_bytes(to_edge_transform_and_lower(program).to_executorch().buffer)
-    method = Runtime.get().load_program(path).load_method("forward")
-    return "ExecuTorch", lambda given: tensors(list(method.execute(list(given))))
+    from .export_pte import need_executorch, run_pte, write_pte
+
+    need_executorch()
+    write_pte(_trace(unfused(model), inputs, COMPARED), path)
+    return "ExecuTorch", lambda given: tensors(run_pte(path, given))
