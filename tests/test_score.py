@@ -168,6 +168,18 @@ def test_bad_rows_are_counted_and_the_others_are_as_without_them(model, tmp_path
     assert run(model, tmp_path / "bad.parquet", tmp_path / "b", batch_size=32).bad == scores.bad
 
 
+class Picky(nn.Module):
+    def forward(self, state, action):
+        if not (state.isfinite().all() and action.isfinite().all()):
+            raise ValueError("not finite")
+        return state[:, 0] + action[:, 0]
+
+
+def test_the_model_never_sees_a_bad_value(tmp_path):
+    pq.write_table(damaged(*values(300)), tmp_path / "in.parquet")
+    assert run(Picky().eval(), tmp_path / "in.parquet", tmp_path / "out").bad_rows == 7
+
+
 def test_strict_names_the_first_bad_row_and_keeps_what_is_finished(model, tmp_path):
     state, action = values(300)
     state[250, 1] = np.nan
@@ -315,7 +327,10 @@ def test_killed_at_random_moments_every_row_is_there_once_and_the_bytes_are_the_
         time.sleep(moments.uniform(0, 0.005))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
-        assert after < len(list(output.glob("part-*"))) < 150
+        parts = list(output.glob("part-*"))
+        assert after < len(parts) < 150
+        # whoever reads the folder meanwhile sees whole parts only
+        assert all(pq.read_metadata(part).num_rows == 200 or part.name == "part-000149.parquet" for part in parts)
     assert child(tmp_path, output).wait() == 0
     assert same_folders(tmp_path / "whole", output)
     written = pq.read_table(output, columns=["file", "row"]).to_pydict()
@@ -363,7 +378,8 @@ def test_what_a_killed_process_left_is_removed_and_a_part_cut_short_is_written_a
     (tmp_path / "out" / ".part-000001.parquet-0123abcd.tmp").write_bytes(b"half")
     part = tmp_path / "out" / "part-000002.parquet"
     part.write_bytes(part.read_bytes()[:-20])
-    assert run(model, tmp_path / "in", tmp_path / "out", part_rows=300).scored == 100
+    shutil.copy(tmp_path / "out" / "part-000000.parquet", tmp_path / "out" / "part-000004.parquet")
+    assert run(model, tmp_path / "in", tmp_path / "out", part_rows=300).scored == 300
     assert same_folders(tmp_path / "whole", tmp_path / "out")
     again = run(model, tmp_path / "in", tmp_path / "out", part_rows=300)
     assert again.scored == 0
