@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .chain import WEIGHTS_OF_ONE_CALL, Wide
 from .fuse import FusedForward, unfuse
 from .nn import Int8Linear
 from .parity import error_bound, tensors
@@ -21,7 +22,6 @@ from .swap import restore
 
 # rows that are compared, at most
 COMPARED = 1024
-PT2 = "torch.export"
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Tenso
     """Write ``model`` for another runtime, run it there, and print and return how far the outputs are apart.
 
     path: ``.onnx`` (standard operators, int8 weights stay int8), ``.pt2`` (torch.export; ``import rewardzip`` before
-    loading it) or ``.pte`` (ExecuTorch, up to 1024 rows a call). example_inputs: the forward's tensors, whose first dimension is the batch and
-    stays free. The file appears only if all outputs lie within the bound of ``parity.py``; for ``.pt2``, if all are the
-    same to the bit. What is written computes on the CPU as the model does there.
+    loading it) or ``.pte`` (ExecuTorch, up to 1024 rows a call). example_inputs: the forward's tensors, whose first
+    dimension is the batch and stays free. The file appears only if all outputs lie within the bound of ``parity.py``.
+    What is written computes on the CPU as the model does there.
     """
     target = Path(path)
     writers: dict[str, Callable[..., tuple[str, Run]]] = {".onnx": _onnx, ".pt2": _pt2, ".pte": _pte}
@@ -101,8 +101,7 @@ def _compare(
     with torch.no_grad():
         expected = tensors(model(*inputs))
     found = run(inputs)
-    exact = runtime == PT2
-    bounds = [torch.zeros_like(y) for y in expected] if exact else error_bound(unfused(model), inputs, dtype)
+    bounds = error_bound(unfused(model), inputs, dtype)
     nearest = (-1.0, 0.0, 0.0)
     for y, wanted, bound in zip(found, expected, bounds, strict=True):
         if y.shape != wanted.shape or y.dtype != wanted.dtype:
@@ -126,16 +125,15 @@ def unfused(model: nn.Module) -> nn.Module:
         if isinstance(module, FusedForward):
             for chain in module.chains:
                 last = chain.linears[-1]
-                if chain.op == "fused_mlp" and isinstance(last, Int8Linear):
-                    # the last layer of one launch takes its rows as they are
+                one_call = not isinstance(chain, Wide) or chain.weights <= WEIGHTS_OF_ONE_CALL
+                if one_call and isinstance(last, Int8Linear):
+                    # the last layer of one call takes its rows as they are
                     last.rows, last.compute_dtype, last.x_scale = "float", None, None
             unfuse(module)
     return model
 
 
-def _trace(
-    model: nn.Module, inputs: tuple[Tensor, ...], most_rows: int = 2**31 - 1
-) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], most_rows: int = 2**31 - 1) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("rows", min=1, max=most_rows)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -170,7 +168,7 @@ def _pt2(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str,
         with torch.no_grad():
             return tensors(loaded(*given))
 
-    return PT2, run
+    return "torch.export", run
 
 
 def _pte(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str, Run]:

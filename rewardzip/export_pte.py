@@ -1,4 +1,4 @@
-"""The ops of rewardzip_kernels for ExecuTorch, in plain functional torch: its portable kernels run it, int8 weights stay."""
+"""The ops of rewardzip_kernels for ExecuTorch, in plain functional torch; int8 weights stay int8."""
 
 from __future__ import annotations
 
