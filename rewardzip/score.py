@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .checkpoint import load
+from .score_folder import fingerprint, open_folder
 from .score_parts import leftover, score_parts
-from .score_plan import Columns, Inputs, Plan, fingerprint, make_plan, open_folder
+from .score_plan import Columns, Inputs, Plan, make_plan
 from .score_rows import Scorer, placement
 
 Engine = Literal["local", "ray"]

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from .score_folder import WORK
 from .score_parts import finished, leftover, score_parts
-from .score_plan import WORK, Part, Plan
+from .score_plan import Part, Plan
 from .score_rows import Found, Scorer
 
 Advance = Callable[[int], None]

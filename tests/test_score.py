@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rewardzip as rz
-from rewardzip import score_parts, score_plan, score_rows
+from rewardzip import score_folder, score_parts, score_rows
 from rewardzip.cli import app
 
 pa = pytest.importorskip("pyarrow")
@@ -428,7 +428,7 @@ def test_the_results_of_other_settings_are_not_mixed(model, tmp_path):
     other = rz.RewardMLP(S, A, (16, 16)).eval()
     tanh = nn.Sequential(nn.Linear(S + A, 4), nn.Tanh(), nn.Linear(4, 1))
     relu = nn.Sequential(tanh[0], nn.ReLU(), tanh[2])
-    assert score_plan.fingerprint(tanh) != score_plan.fingerprint(relu)
+    assert score_folder.fingerprint(tanh) != score_folder.fingerprint(relu)
     for what, arguments in {
         "model": {"model": other},
         "columns": {"columns": ["state", "id,id"]},
@@ -467,7 +467,7 @@ def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
     pytest.importorskip("fcntl")
     transitions(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    with score_plan._alone(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
+    with score_folder._alone(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
         run(model, tmp_path / "in", tmp_path / "out")
     run(model, tmp_path / "in", tmp_path / "out")
 
