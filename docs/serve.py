@@ -1,8 +1,7 @@
 """A reward model behind Ray Serve: requests that arrive together are scored in one call.
 
-pip install "rewardzip[ray]"
-REWARD=reward/ serve run docs.serve:app
-curl -d '{"state": [0, 0, 0], "action": [1]}' localhost:8000
+    REWARD=reward/ serve run docs.serve:app
+    curl -d '{"state": [0, 0, 0], "action": [1, 0]}' localhost:8000
 """
 
 import asyncio
@@ -11,6 +10,7 @@ import os
 import torch
 from ray import serve
 from starlette.requests import Request
+from torch import Tensor
 
 import rewardzip as rz
 
@@ -19,18 +19,20 @@ import rewardzip as rz
 class Reward:
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
-        self.model = rz.load(folder, device="cuda" if torch.cuda.is_available() else None)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = rz.load(folder, device=self.device).requires_grad_(False)
 
     @serve.batch(max_batch_size=1024, batch_wait_timeout_s=0.002)
-    async def score(self, rows: list[dict[str, list[float]]]) -> list[float]:
-        device = next(self.model.buffers()).device
-        state, action = (torch.tensor([row[name] for row in rows], device=device) for name in ("state", "action"))
-        with torch.no_grad():
-            scores = await asyncio.to_thread(self.model, state, action)
-        return scores.tolist()
+    async def score(self, rows: list[tuple[Tensor, ...]]) -> list[float]:
+        inputs = [torch.stack(column).to(self.device) for column in zip(*rows, strict=True)]
+        return (await asyncio.to_thread(self.model, *inputs)).tolist()
 
     async def __call__(self, request: Request) -> dict[str, float]:
-        return {"reward": await self.score(await request.json())}
+        body = await request.json()
+        row = tuple(torch.tensor(body[name], dtype=torch.float32) for name in ("state", "action"))
+        if [len(x) for x in row] != [self.model.state_dim, self.model.action_dim]:
+            raise ValueError(f"{[len(x) for x in row]} numbers")  # here, not in the batch: it is this request's alone
+        return {"reward": await self.score(row)}
 
 
 app = Reward.bind(os.environ.get("REWARD", "reward/"))

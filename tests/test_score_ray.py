@@ -171,7 +171,8 @@ def test_the_serving_example_serves(cluster, given, tmp_path, monkeypatch):
             rewards = torch.tensor(list(pool.map(ask, range(50))))
         with torch.no_grad():
             assert torch.equal(rewards, given(state, action))
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen("http://127.0.0.1:8123", b"{}", timeout=60)
+        for body in (b"{}", b'{"state": [0, 0], "action": [0, 0, 0]}'):
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen("http://127.0.0.1:8123", body, timeout=60)
     finally:
         serve.shutdown()
