@@ -1,7 +1,7 @@
 """A reward model behind Ray Serve: requests that arrive together are scored in one call.
 
-    REWARD=reward/ serve run docs.serve:app
-    curl -d '{"state": [0, 0, 0], "action": [1, 0]}' localhost:8000
+REWARD=reward/ serve run docs.serve:app
+curl -d '{"state": [0, 0, 0], "action": [1, 0]}' localhost:8000
 """
 
 import asyncio
