@@ -12,13 +12,18 @@ VENV_FLAGS =
 PIP_FLAGS = -c constraints.txt
 endif
 
-.PHONY: demo test test-imitation lint audit soak docs evidence launch-cost bench bench-cpu gpu clean
+.PHONY: demo test test-clients test-imitation lint audit soak docs evidence launch-cost bench bench-cpu gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/rewardzip demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# tests against the real packages of others: heavy, so apart
+test-clients: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[score,ray,onnx,clients]"
+	$(BIN)/python -m pytest -m clients
 
 # imitation 1.0.1 needs older packages than the others: an environment of its own
 test-imitation: .venv-imitation/ready
@@ -68,7 +73,7 @@ gpu: $(if $(DRY),$(VENV)/ready)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,report,test,bench,lint,docs,build]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[rl,report,score,onnx,test,bench,lint,docs,build]"
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ from .distil import Distil as Distil
 from .ensemble import fuse_ensemble as fuse_ensemble
 from .evaluate import evaluate as evaluate
 from .explain import explain as explain
+from .export import export as export
 from .finetune import FineTune as FineTune
 from .fit import fit as fit
 from .gate import Gate as Gate
@@ -23,8 +24,9 @@ from .prune import prune as prune
 from .quantize import Quantize as Quantize
 from .recipe import compress as compress
 from .recipe import run_steps as run_steps
-from .share import Share as Share
+from .score import score as score
 from .search import search as search
+from .share import Share as Share
 from .swap import refresh as refresh
 from .swap import restore as restore
 from .swap import swap as swap

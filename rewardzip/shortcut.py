@@ -39,8 +39,9 @@ class Shortcut:
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """The outputs, where such a call has been settled and nothing has changed since."""
         x = inputs[0]
-        call = self.calls.get(x.shape)
-        if call is None or is_compiling() or not nobody_listens(inputs if len(inputs) > 1 else x):
+        # sizes that are free in a traced call cannot be looked up
+        call = None if is_compiling() else self.calls.get(x.shape)
+        if call is None or not nobody_listens(inputs if len(inputs) > 1 else x):
             return None
         epoch, watched, versions, held = self.settled
         if Epoch.count != epoch or sum(map(_version, watched)) != versions:
