@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .constraints import settle_masked
 from .fuse import is_plain, original_class
 from .models import RewardMLP
-from .nn import CompressedLinear, Int8Linear
+from .nn import CompressedLinear, Int8Linear, Sparse24Linear, SparseRowsLinear
 from .nn.base import is_conv1d
 from .swap import fuse_forwards, put
 
@@ -38,6 +38,8 @@ class CheckpointError(ValueError):
 # what a config may name: how to build it, and the attributes that are its arguments. Nothing else is ever constructed.
 LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
     "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype")),
+    "Sparse24Linear": (Sparse24Linear, ("in_features", "out_features", "bias", "values", "rows", "dtype")),
+    "SparseRowsLinear": (SparseRowsLinear, ("in_features", "out_features", "nonzeros", "bias", "values", "dtype")),
 }
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
@@ -67,13 +69,14 @@ def _is_number(value: Any) -> bool:
 
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("in_features", "out_features", "state_dim", "action_dim"), _is_size),
+    **dict.fromkeys(("in_features", "out_features", "nonzeros", "state_dim", "action_dim"), _is_size),
     **dict.fromkeys(("hidden", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
     **dict.fromkeys(("start_dim", "end_dim"), lambda v: type(v) is int),
     **dict.fromkeys(("bias", "elementwise_affine"), lambda v: type(v) is bool),
     **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
     "approximate": lambda v: v in ("none", "tanh"),
     "rows": lambda v: v in ("float", "dynamic", "static"),
+    "values": lambda v: v in ("int8", "float32", "float16", "bfloat16"),
     "dtype": lambda v: v in ("float32", "float16", "bfloat16", "float64"),
     "compute_dtype": lambda v: v in (None, "float32", "float16", "bfloat16"),
 }
@@ -228,13 +231,20 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
         return layer
 
-    for buffer, expected in make("meta").state_dict(prefix=f"{name}." if name else "").items():
+    plan, buffers = make("meta"), {}
+    for buffer, expected in plan.state_dict().items():
+        buffer, field = f"{name}.{buffer}" if name else buffer, buffer
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
                 f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
+        buffers[field] = found
+    try:
+        plan.check_buffers(buffers)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     return make
 
 

@@ -2,3 +2,5 @@
 
 from .base import CompressedLinear as CompressedLinear
 from .int8_linear import Int8Linear as Int8Linear
+from .sparse24_linear import Sparse24Linear as Sparse24Linear
+from .sparse_rows_linear import SparseRowsLinear as SparseRowsLinear

@@ -101,6 +101,9 @@ class CompressedLinear(nn.Module):
         """Take the numbers of ``linear`` over, in place: no buffer moves, so captured graphs stay valid."""
         raise NotImplementedError
 
+    def check_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """A ValueError where buffers of the right shapes, by their names, hold what no weight is stored as."""
+
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same numbers."""
         linear = nn.Linear(self.in_features, self.out_features, self.fp32_bias is not None, "meta", self.dtype)
