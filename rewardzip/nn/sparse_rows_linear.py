@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from rewardzip_kernels import quantize_rows, sparse_rows_linear
+from rewardzip_kernels.loading import settled
 from rewardzip_kernels.sparse_rows_linear import check_stored, column_type, dense, nonzeros
 
 from .base import CompressedLinear, check_source
@@ -98,10 +100,13 @@ class SparseRowsLinear(CompressedLinear):
         return (weight if self.scale is None else weight * self.scale[:, None]).to(self.dtype)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
-        return sparse_rows_linear(
-            input, self.packed_values, self.columns, self.starts, self.scale, self.in_features, self.fp32_bias,
-            activation,
-        )  # fmt: skip
+        return sparse_rows_linear(input, *self._numbers(), activation)
+
+    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        return settled(self.starts.device, "sparse_rows_linear", *self._numbers(), activation, shape)
+
+    def _numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, Tensor | None]:
+        return self.packed_values, self.columns, self.starts, self.scale, self.in_features, self.fp32_bias
 
     def extra_repr(self) -> str:
         return (

@@ -3,6 +3,7 @@
 16-bit values are kept as fp32 beside them: fp32 is what the products are made of.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -133,3 +134,43 @@ def sparse_rows_linear(
     else:
         threads.run(some_outputs, threads.ranges(n, count, GROUP))
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _settled(
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    in_features: int,
+    bias: Tensor | None,
+    activation: str,
+    shape: torch.Size,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """As ``linear.settled``: all looked up but the input, for calls that one thread does."""
+    weights = values, columns, starts
+    run, parameter, lanes = prepare(values.dtype == torch.int8, columns.element_size(), activation, None)
+    dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
+    if run is None or any(weight.is_inference() for weight in weights) or not dense or shape[-1] != in_features:
+        return None
+    stored: Stored = kept(Stored, weights, in_features)
+    m, n, out = shape[:-1].numel(), stored.n, (*shape[:-1], stored.n)
+    if m == 0 or m * stored.work >= PARALLEL_WORK:
+        return None
+    scale, bias = stored.ones if scale is None else scale, stored.zeros if bias is None else bias
+    fixed = *stored.addresses, scale.data_ptr(), bias.data_ptr(), parameter, in_features, n, in_features
+    version, scratch = values._version + columns._version + starts._version, threads.scratch
+    size = 4 * in_features * (1 if m == 1 else lanes if m <= lanes else 2 * lanes)
+
+    def call(x: Tensor, held: Any = (stored, scale, bias)) -> Tensor | None:
+        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return None
+        if values._version + columns._version + starts._version != version:
+            return None
+        y = x.new_empty(*out)
+        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, n)
+        return y
+
+    return call
+
+
+sparse_rows_linear.settled = _settled  # type: ignore[attr-defined]
