@@ -24,7 +24,8 @@ from .nn import CompressedLinear, Int8Linear, Sparse24Linear, SparseRowsLinear
 from .nn.base import is_conv1d
 from .swap import fuse_forwards, put
 
-FORMAT, VERSION = "rewardzip", 1
+# version 1 had no sparse layers, and is otherwise the same
+FORMAT, VERSION = "rewardzip", 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # the types a dense model may have, whichever its class makes
@@ -231,20 +232,18 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
         return layer
 
-    plan, buffers = make("meta"), {}
-    for buffer, expected in plan.state_dict().items():
-        buffer, field = f"{name}.{buffer}" if name else buffer, buffer
+    layer, prefix = make("meta"), f"{name}." if name else ""
+    for buffer, expected in layer.state_dict(prefix=prefix).items():
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
                 f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
-        buffers[field] = found
     try:
-        plan.check_buffers(buffers)
+        layer.check_tensors({buffer: tensors[prefix + buffer] for buffer in layer.state_dict()})
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {WEIGHTS} holds no such layer: {error}") from error
     return make
 
 
@@ -324,8 +323,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     known = {"format", "version", "model", "layers", "tied"}
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{source}/{CONFIG} is not a {FORMAT} config")
-    if type(config.get("version")) is not int or config["version"] != VERSION:
-        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}")
+    if type(config.get("version")) is not int or not 1 <= config["version"] <= VERSION:
+        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads 1 to {VERSION}")
     if config.keys() != known:
         raise CheckpointError(f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}")
     if not isinstance(config["layers"], dict) or not isinstance(config["tied"], dict):

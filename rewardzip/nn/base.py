@@ -101,8 +101,8 @@ class CompressedLinear(nn.Module):
         """Take the numbers of ``linear`` over, in place: no buffer moves, so captured graphs stay valid."""
         raise NotImplementedError
 
-    def check_buffers(self, buffers: dict[str, Tensor]) -> None:
-        """A ValueError where buffers of the right shapes, by their names, hold what no weight is stored as."""
+    def check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError where buffers of the right types and shapes hold what no such layer can; most hold anything."""
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same numbers."""

@@ -93,13 +93,17 @@ class Sparse24Linear(CompressedLinear):
         if bias is not None and self.fp32_bias is not None:
             self.fp32_bias.copy_(bias)
 
-    def check_buffers(self, buffers: dict[str, Tensor]) -> None:
-        where = places(buffers["indices"])
+    def check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        where = places(tensors["indices"])
         if bool((where[..., 0] >= where[..., 1]).any()):
             raise ValueError("indices: a group's second place must be after its first")
         padded = width(self.in_features) * 8
-        if bool(unpack(buffers["packed_values"], buffers["indices"], padded)[:, self.in_features :].any()):
+        if bool(unpack(tensors["packed_values"], tensors["indices"], padded)[:, self.in_features :].any()):
             raise ValueError(f"packed_values: there are nonzeros beyond the {self.in_features} inputs")
+
+    def weight_bytes(self) -> int:
+        """5 bits a weight of int8, 9 of 16 bits, the inputs filled up to a multiple of 8."""
+        return self.packed_values.numel() * self.packed_values.element_size() + self.indices.numel()
 
     @property
     def weight(self) -> Tensor:

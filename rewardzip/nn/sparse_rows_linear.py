@@ -20,7 +20,7 @@ Values = Literal["int8", "float32", "float16", "bfloat16"]
 class SparseRowsLinear(CompressedLinear):
     """Each output's nonzeros and their inputs; see ``rewardzip_kernels.sparse_rows_linear`` for the numerics.
 
-    nonzeros: how many there is room for. values: what they are stored in; "int8" has a scale per output.
+    nonzeros: how many there is room for. rows: always "float". values: what they are stored in; "int8" has a scale per output.
     """
 
     def __init__(
@@ -91,8 +91,13 @@ class SparseRowsLinear(CompressedLinear):
         if bias is not None and self.fp32_bias is not None:
             self.fp32_bias.copy_(bias)
 
-    def check_buffers(self, buffers: dict[str, Tensor]) -> None:
-        check_stored(buffers["columns"], buffers["starts"], self.in_features)
+    def check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        check_stored(tensors["columns"], tensors["starts"], self.in_features)
+
+    def weight_bytes(self) -> int:
+        """Each nonzero's value and column, and a start an output: 3 bytes a nonzero of int8 up to 32768 inputs."""
+        stored = self.packed_values.element_size() + self.columns.element_size()
+        return self.nonzeros * stored + 4 * self.starts.numel()
 
     @property
     def weight(self) -> Tensor:
@@ -114,6 +119,7 @@ class SparseRowsLinear(CompressedLinear):
             f"bias={self.fp32_bias is not None}, values={self.values}"
         )
 
+    rows = "float"
     packed_values: Tensor
     columns: Tensor
     starts: Tensor
