@@ -338,6 +338,12 @@ def test_what_does_not_fit_is_refused_and_nothing_changed():
         Sparse24Linear(4, 4, values="float16", rows="dynamic")
 
 
+def test_where_it_wins():
+    assert "half the products" in Sparse24Linear.wins((1024, 1024), 0.5, "cpu", "float")
+    assert Sparse24Linear.wins((256, 1024), 0.5, "cpu", "float") is None
+    assert Sparse24Linear.wins((1024, 1024), 0.5, "cuda", "float") is None
+
+
 def test_corrupt_files(tmp_path):
     layer = Sparse24Linear.from_linear(linear(keep_two(torch.randn(5, 11))))
     for damage, words in (

@@ -286,6 +286,15 @@ def test_what_cannot_be_made():
         SparseRowsLinear.from_linear(linear(torch.full((4, 4), float("nan"))))
 
 
+def test_where_it_wins():
+    assert "from 95 % on" in SparseRowsLinear.wins((1024, 1024), 0.95, "cpu", "float")
+    assert SparseRowsLinear.wins((1024, 1024), 0.95, "cpu", "dynamic") is None
+    assert "from 99 % on" in SparseRowsLinear.wins((1024, 1024), 0.99, "cpu", "dynamic")
+    assert SparseRowsLinear.wins((1024, 1024), 0.94, "cpu", "float") is None
+    assert SparseRowsLinear.wins((256, 256), 0.99, "cpu", "float") is None
+    assert SparseRowsLinear.wins((1024, 1024), 0.99, "cuda", "float") is None
+
+
 def test_corrupt_files(tmp_path):
     layer = SparseRowsLinear.from_linear(linear(torch.ones(9, 20)))
     for damage, words in STORED:

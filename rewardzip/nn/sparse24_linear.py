@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rewardzip_kernels import quantize_rows, sparse24_linear
 from rewardzip_kernels.loading import settled
+from rewardzip_kernels.mlp_layout import MAX_WIDTH
 from rewardzip_kernels.sparse24_layout import broken_groups, pack, places, unpack, width
 
 from .base import CompressedLinear, check_source
@@ -65,6 +66,17 @@ class Sparse24Linear(CompressedLinear):
     def fits(cls, weight: Tensor) -> bool:
         """Whether a dense weight [out, in] is 2:4, so that packing it loses no nonzero."""
         return broken_groups(weight)[0] == 0
+
+    @classmethod
+    def wins(cls, shape: tuple[int, int], sparsity: float, device: str, rows: str) -> str | None:
+        """Why this is faster than dense int8 for a weight [out, in] that fits, None where it was not measured to be.
+
+        ``benchmarks/results/amd-epyc-zen5/sparse24-1-thread.json``; no GPU was measured. Layers that may be part of
+        one launch for a whole MLP gain more there.
+        """
+        if device != "cpu" or min(shape) <= MAX_WIDTH:
+            return None
+        return "2 of every 4 inputs are zero: half the products, 5 bits a weight"
 
     def check_refresh(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().check_refresh(linear)
