@@ -18,7 +18,7 @@ from rewardzip_kernels.sparse24_layout import broken_groups, pack, places, unpac
 from rewardzip_kernels.sparse24_linear import sparse24_linear_reference
 
 # what the dense way takes over at, with tails, and halves of K that end inside a tile
-MORE = [(520, 70, 200, "expanded, tails in all"), (7, 33, 520, "a half that ends inside a tile")]
+MORE = [(520, 70, 600, "expanded by two programs, tails in all"), (7, 33, 520, "a half that ends inside a tile")]
 # Triton's interpreter cannot multiply bfloat16
 HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
 
