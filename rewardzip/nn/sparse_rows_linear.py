@@ -73,7 +73,7 @@ class SparseRowsLinear(CompressedLinear):
         """Why this is faster than dense int8 for a weight [out, in] that fits, None where it was not measured to be.
 
         ``benchmarks/results/amd-epyc-zen5/sparse24-1-thread.json``; no GPU was measured. Against rows rounded to int8
-        95 % is enough from 4096 x 4096 on but for one row.
+        95 % wins or loses by how many rows there are.
         """
         least = 0.95 if rows == "float" else 0.99
         if device != "cpu" or shape[0] * shape[1] < SMALLEST or sparsity < least:
