@@ -165,7 +165,7 @@ def test_weights_changed_in_place():
     _, values, columns, starts, scale, bias, _ = sparse_rows(70, 20)
     x = torch.randn(5, 20)
     sparse_rows_linear(x, values, columns, starts, scale, 20, bias)
-    for change in (values.neg_, lambda: starts[1:].sub_(1).clamp_(0)):
+    for change in (values.neg_, lambda: starts.clamp_(max=int(starts[35]))):
         change()
         expected = sparse_rows_linear(x, values.clone(), columns.clone(), starts.clone(), scale, 20, bias)
         assert torch.equal(sparse_rows_linear(x, values, columns, starts, scale, 20, bias), expected)
