@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from .constraints import settle_masked
 from .fuse import is_plain, original_class
 from .models import MLP, RewardMLP
-from .nn import CompressedLinear, GridLinear, Int8Linear, SharedLinear
+from .nn import CompressedLinear, GridLinear, Int8Linear, SharedLinear, Sparse24Linear, SparseRowsLinear
 from .nn.base import is_conv1d
 from .packing import pack, packed_bytes, unpack
 from .refusals import refuse_what_fails
 from .swap import fuse_forwards, put
 
-FORMAT, VERSION = "rewardzip", 1
+# version 1 had no sparse layers, and is otherwise the same
+FORMAT, VERSION = "rewardzip", 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # the types a dense model may have, whichever its class makes
@@ -42,6 +43,8 @@ LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
     "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype", "bits")),
     "GridLinear": (GridLinear, ("in_features", "out_features", "bias", "bits", "group", "dtype")),
     "SharedLinear": (SharedLinear, ("in_features", "out_features", "bias", "entries", "dtype")),
+    "Sparse24Linear": (Sparse24Linear, ("in_features", "out_features", "bias", "values", "rows", "dtype")),
+    "SparseRowsLinear": (SparseRowsLinear, ("in_features", "out_features", "nonzeros", "bias", "values", "dtype")),
 }
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
@@ -72,7 +75,7 @@ def _is_number(value: Any) -> bool:
 
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("in_features", "out_features", "state_dim", "action_dim"), _is_size),
+    **dict.fromkeys(("in_features", "out_features", "nonzeros", "state_dim", "action_dim"), _is_size),
     **dict.fromkeys(("bits", "entries", "group"), lambda v: _is_size(v) and v > 0),
     "outputs": lambda v: v is None or _is_size(v),
     **dict.fromkeys(("hidden", "inputs", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
@@ -81,6 +84,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
     "approximate": lambda v: v in ("none", "tanh"),
     "rows": lambda v: v in ("float", "dynamic", "static"),
+    "values": lambda v: v in ("int8", "float32", "float16", "bfloat16"),
     "dtype": lambda v: v in ("float32", "float16", "bfloat16", "float64"),
     "compute_dtype": lambda v: v in (None, "float32", "float16", "bfloat16"),
 }
@@ -232,21 +236,27 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
         raise CheckpointError(f"{where}: {spec!r} is not one of {sorted(LAYERS)}")
     kind, fields = LAYERS[op]
     arguments = {field: value for field, value in spec.items() if field != "op"}
+    if op == "Int8Linear":
+        arguments.setdefault("bits", 8)  # version 1 had no others
 
     def make(device: Any) -> CompressedLinear:
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
         return layer
 
-    blank = make("meta")
+    blank, prefix = make("meta"), f"{name}." if name else ""
     if isinstance(blank, Int8Linear) and blank.bits < 8:
-        _unpack_codes(f"{name}.int8_weight".lstrip("."), blank, tensors, where)
-    for buffer, expected in blank.state_dict(prefix=f"{name}." if name else "").items():
+        _unpack_codes(f"{prefix}int8_weight", blank, tensors, where)
+    for buffer, expected in blank.state_dict(prefix=prefix).items():
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
                 f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
+    try:
+        blank.check_tensors({buffer: tensors[prefix + buffer] for buffer in blank.state_dict()})
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {WEIGHTS} holds no such layer: {error}") from error
     return make
 
 
@@ -356,8 +366,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     known = {"format", "version", "model", "layers", "tied"}
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{source}/{CONFIG} is not a {FORMAT} config")
-    if type(config.get("version")) is not int or config["version"] != VERSION:
-        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}")
+    if type(config.get("version")) is not int or not 1 <= config["version"] <= VERSION:
+        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads 1 to {VERSION}")
     if config.keys() != known:
         raise CheckpointError(f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}")
     if not isinstance(config["layers"], dict) or not isinstance(config["tied"], dict):

@@ -146,9 +146,9 @@ class Scorer:
                 for name, width in group:
                     part = x[:, place : place + width]
                     place += width
-                    for what, rows in (("NaN", np.isnan(part).any(1)), ("inf", np.isinf(part).any(1))):
+                    for what, rows in (("NaN", np.isnan(part)), ("inf", np.isinf(part))):
                         if rows.any():
-                            faults[f"{name}: {what}"] = rows
+                            faults[f"{name}: {what}"] = np.asarray(rows.any(1))
         for rows in faults.values():
             x[rows] = 0
         return x, faults

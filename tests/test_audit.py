@@ -62,6 +62,16 @@ def test_tensor_cores_are_used(rows):
         assert EXPECTED[row["target"]][kind] in row["instructions"], row
 
 
+def test_sparse24_uses_them(rows):
+    """From 64 x 64 on the weights come out of registers into wgmma; smaller tiles are for memory, by mma.sync."""
+    matrix = [row for row in rows if row["kernel"] == "_sparse24_kernel"]
+    assert len({row["tile"] for row in matrix}) >= 4
+    for row in matrix:
+        if row["target"] == "sm_90" and row["tile"].startswith("64 64"):
+            assert "wgmma, A in registers" in row["instructions"], row
+        assert row["instructions"] != "-", row
+
+
 def test_fused_ops_use_them_too(rows):
     """wgmma and tcgen05 from 64 rows a program on, mma.sync below."""
     for row in rows:

@@ -12,6 +12,7 @@ import torch
 from conftest import GPU, need_triton
 from mlp_numerics import assert_head, assert_mlp, random_head, random_mlp
 from numerics import assert_dynamic, assert_linear, quantized
+from sparse_numerics import sparse24, sparse_rows
 
 import rewardzip_kernels
 from rewardzip_kernels.mlp_layout import parse_layers
@@ -65,6 +66,28 @@ HEAD_BUGS = {
     "head: its bias forgotten": ("        y += tl.load(head_bias_ptr + i % N_OUT)", "        y += 0.0"),
     "head: the first output in all": ("v = tl.load(head_ptr + o * N", "v = tl.load(head_ptr + 0 * N"),
     "head: one-row kernel, activation lost": ("finish(sums, scale, bias_ptr, None, n, inside, ACTIVATION", 'finish(sums, scale, bias_ptr, None, n, inside, "none"'),
+}  # fmt: skip
+SPARSE24 = "sparse24_linear"
+SPARSE24_BUGS = {
+    "2:4: places of the other half": ("_dense(first, second, places, 4 * half, BLOCK_N, BLOCK_B)\n            acc", "_dense(first, second, places, 4 - 4 * half, BLOCK_N, BLOCK_B)\n            acc"),
+    "2:4: second value never third": ("w2 = tl.where(p == 2, first, tl.where(q == 2, second, none))", "w2 = tl.where(p == 2, first, none)"),
+    "2:4: inputs 1 and 2 exchanged": ("tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+    "2:4: the second half's inputs from the first": ("x_tile + 4 * half * B, mask=(4 * (half * B + start) + k)[:, None] < K", "x_tile, mask=(4 * (half * B + start) + k)[:, None] < K"),
+    "2:4: last outputs not stored": ("mask=(m < M)[None, :] & (n < N)[:, None])", "mask=(m < M)[None, :] & (n < N - 1)[:, None])"),
+    "2:4: K tail dropped": ("(4 * (half * B + start) + k)[:, None] < K", "(4 * (half * B + start) + k)[:, None] < K - 7"),
+    "2:4: one-row kernel, wrong input picked": ("tl.where(odd, x3, x2), tl.where(odd, x1, x0)", "tl.where(odd, x3, x2), tl.where(odd, x0, x1)"),
+    "2:4: one-row kernel, second value dropped": ("acc += second.to(SUM)", "acc += 0 * second.to(SUM)"),
+    "2:4: expanded, halves overlap": ("mine = (4 * start + k < 4 * B) & (column < K)", "mine = column < K"),
+    "2:4: expanded, second half missing": ("column = 4 * (half * B + start) + k", "column = 4 * start + k"),
+}  # fmt: skip
+SPARSE_ROWS = "sparse_rows_linear"
+SPARSE_ROWS_BUGS = {
+    "rows: neighbour's scale": ("tl.load(scale_ptr + n)", "tl.load(scale_ptr + (n + 1) % N)"),
+    "rows: last nonzero dropped": ("mask=i < last, other=-1)", "mask=i < last - 1, other=-1)"),
+    "rows: only the first turn": ("for start in range(first, last, BLOCK)", "for start in range(first, tl.minimum(last, first + BLOCK), BLOCK)"),
+    "rows: neighbouring input": ("x_rows + column[None, :]", "x_rows + (column ^ 1)[None, :]"),
+    "rows: last row not stored": ("mask=m < M)\n\n", "mask=m < M - 1)\n\n"),
+    "rows: bias forgotten": ("finish(tl.sum(acc, axis=1), scale, bias_ptr,", "finish(tl.sum(acc, axis=1), scale, None,"),
 }  # fmt: skip
 
 
@@ -129,8 +152,36 @@ def check_head(module, device):
         assert_head(module.reward_head, x, args)
 
 
-CHECKS = {GEMM: check_gemm, ROWS: check_rows, MLP: check_mlp, HEAD: check_head}
-ALL = {GEMM: GEMM_BUGS, ROWS: ROW_BUGS, MLP: MLP_BUGS, HEAD: HEAD_BUGS}
+def check_sparse24(module, device):
+    for m, n, k in ((3, 20, 140), (17, 40, 140), (512, 9, 600)):
+        q, values, indices, scale, bias, _ = sparse24(n, k, device)
+        x = torch.randn(m, k, device=device)
+        y = module.sparse24_linear(x, values, indices, scale, k, bias, "relu")
+        assert_linear(y, x, q, scale, bias, "relu", "tf32" if GPU else None)
+
+
+def check_sparse_rows(module, device):
+    q, *stored, scale, bias, _ = sparse_rows(20, 300, device, kept=0.5)
+    x = torch.randn(11, 300, device=device)
+    assert_linear(module.sparse_rows_linear(x, *stored, scale, 300, bias, "relu"), x, q, scale, bias, "relu")
+
+
+CHECKS = {
+    GEMM: check_gemm,
+    ROWS: check_rows,
+    MLP: check_mlp,
+    HEAD: check_head,
+    SPARSE24: check_sparse24,
+    SPARSE_ROWS: check_sparse_rows,
+}
+ALL = {
+    GEMM: GEMM_BUGS,
+    ROWS: ROW_BUGS,
+    MLP: MLP_BUGS,
+    HEAD: HEAD_BUGS,
+    SPARSE24: SPARSE24_BUGS,
+    SPARSE_ROWS: SPARSE_ROWS_BUGS,
+}
 BUGS = [(stem, name, *bug) for stem, bugs in ALL.items() for name, bug in bugs.items()]
 
 

@@ -94,6 +94,28 @@ def _head(m: int, n_out: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     reward_head(x, weight, scale if stored == torch.int8 else None, scale, head, head[:, 0], "silu")
 
 
+def _sparse24(m: int, n: int, k: int, dtype: torch.dtype, stored: torch.dtype, compute: torch.dtype | None) -> None:
+    from .gpu.sparse24_linear import sparse24_linear
+    from .sparse24_layout import width
+
+    x = torch.empty(m, k, dtype=dtype, device="meta")
+    values = torch.empty(n, 4, width(k), dtype=stored, device="meta")
+    indices = torch.empty(n, width(k), dtype=torch.uint8, device="meta")
+    scale = torch.empty(n, device="meta")
+    sparse24_linear(x, values, indices, scale if stored == torch.int8 else None, k, scale, "relu", compute)
+
+
+def _sparse_rows(m: int, k: int, dtype: torch.dtype, stored: torch.dtype) -> None:
+    from .gpu.sparse_rows_linear import sparse_rows_linear
+    from .sparse_rows_linear import column_type
+
+    x = torch.empty(m, k, dtype=dtype, device="meta")
+    values = torch.empty(4096 * k // 20, dtype=stored, device="meta")
+    columns = torch.empty(values.shape, dtype=column_type(k), device="meta")
+    starts, scale = torch.empty(4097, dtype=torch.int32, device="meta"), torch.empty(4096, device="meta")
+    sparse_rows_linear(x, values, columns, starts, scale if stored == torch.int8 else None, k, scale, "relu")
+
+
 # (layers, further arguments of ``_mlp``), and why
 MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("32: 64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
@@ -142,6 +164,34 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         ):
             name = f"reward_head {m}x{n_out} of {stored} {dtype}".replace("torch.", "")
             yield name, partial(_head, m, n_out, dtype, stored)
+    for m, n, k in (
+        (1, 4096, 4096),
+        (16, 4096, 4096),
+        (64, 4096, 4096),
+        (256, 4096, 4096),
+        (64, 70, 393),
+        (4, 70, 393),
+        (512, 4096, 4096),
+    ):
+        for stored, dtype, compute in (
+            (torch.int8, torch.float32, None),
+            (torch.int8, torch.bfloat16, None),
+            (torch.int8, torch.float32, torch.int8),
+            (torch.float16, torch.float32, None),
+            (torch.float16, torch.float16, None),
+            (torch.bfloat16, torch.bfloat16, None),
+        ):
+            rows = "int8" if compute == torch.int8 else dtype
+            name = f"sparse24_linear {m}x{n}x{k} of {stored} {rows}".replace("torch.", "")
+            yield name, partial(_sparse24, m, n, k, dtype, stored, compute)
+    for m, k, dtype, stored in (
+        (1, 4096, torch.float32, torch.int8),
+        (32, 4096, torch.float32, torch.float32),
+        (32, 4096, torch.bfloat16, torch.int8),
+        (8, 65536, torch.float16, torch.float16),
+    ):
+        name = f"sparse_rows_linear {m}x4096x{k} of {stored} {dtype}".replace("torch.", "")
+        yield name, partial(_sparse_rows, m, k, dtype, stored)
     for layers, options in MLPS:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
         for m in (16, 8192, 1 << 20):

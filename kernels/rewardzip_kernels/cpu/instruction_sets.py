@@ -40,14 +40,14 @@ class InstructionSet:
     split_w: Emit = lambda builder, w: w
 
 
-def _call(builder, name, result, *args):
+def call(builder, name, result, *args):
     function_type = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
 def _vnni(width):
     def dot(builder, acc, x, w):
-        return _call(builder, f"llvm.x86.avx512.vpdpbusd.{width}", acc.type, acc, x, w)
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{width}", acc.type, acc, x, w)
 
     return dot
 
@@ -74,14 +74,14 @@ def _avx2_split_w(builder, w):
 
 def _avx2_dot(builder, acc, x, w):
     for x_pairs, w_pairs in zip(x, w, strict=True):
-        acc = builder.add(acc, _call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, x_pairs, w_pairs))
+        acc = builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, x_pairs, w_pairs))
     return acc
 
 
 def _neon_dot(builder, acc, x, w):
     bytes_type = ir.VectorType(I8, 16)
     x, w = builder.bitcast(x, bytes_type), builder.bitcast(w, bytes_type)
-    return _call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, w, x)
+    return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, acc, w, x)
 
 
 def _portable_split_x(builder, x):

@@ -1,12 +1,14 @@
 """int8_dynamic_linear on a CPU: ``linear.py`` with rows quantised to bytes and exact int32 sums."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..int8_dynamic_linear import int8_dynamic_linear_reference
 from .linear import linear, settled
+from .packing import packed
 from .tile import Int8
 
 
@@ -19,10 +21,14 @@ def int8_dynamic_linear(
     x_scale: Tensor | None = None,
     isa: str | None = None,
 ) -> Tensor:
-    y = linear(Int8, x.float(), weight, scale, bias, activation, x_scale, isa)
+    y = linear(Int8, x.float(), lambda: packed(weight), scale, bias, activation, x_scale, isa)
     if y is None:
         return int8_dynamic_linear_reference(x, weight, scale, bias, activation, x_scale)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-int8_dynamic_linear.settled = partial(settled, Int8)  # type: ignore[attr-defined]
+def _settled(weight: Tensor, *rest: Any) -> Callable[[Tensor], Tensor | None] | None:
+    return settled(Int8, packed, (weight,), *rest)
+
+
+int8_dynamic_linear.settled = _settled  # type: ignore[attr-defined]

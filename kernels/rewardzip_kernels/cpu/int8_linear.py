@@ -1,12 +1,14 @@
 """int8_linear on a CPU: ``linear.py`` with fp32 rows and weights made fp32 in registers."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..int8_linear import int8_linear_reference
 from .linear import linear, settled
+from .packing import packed
 from .tile import Float
 
 
@@ -20,10 +22,14 @@ def int8_linear(
     isa: str | None = None,
 ) -> Tensor:
     rows = x.to(compute_dtype or x.dtype).float()
-    y = linear(Float, rows, weight, scale, bias, activation, None, isa)
+    y = linear(Float, rows, lambda: packed(weight), scale, bias, activation, None, isa)
     if y is None:
         return int8_linear_reference(x, weight, scale, bias, activation, compute_dtype)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-int8_linear.settled = partial(settled, Float)  # type: ignore[attr-defined]
+def _settled(weight: Tensor, *rest: Any) -> Callable[[Tensor], Tensor | None] | None:
+    return settled(Float, packed, (weight,), *rest)
+
+
+int8_linear.settled = _settled  # type: ignore[attr-defined]

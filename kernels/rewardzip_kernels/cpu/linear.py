@@ -17,7 +17,6 @@ from ..checks import dense_rows
 from . import threads
 from .engine import kernel
 from .instruction_sets import choose
-from .packing import packed
 from .pointers import i64, load, stack
 from .rows import take_rows
 from .sweep import sweep
@@ -29,14 +28,14 @@ BLOCK = 48
 
 def build(kind: Int8 | Float, activation: str):
     """The kernel's Python and its argument letters."""
-    take, compute, item = take_rows(kind), sweep(kind, (activation,)), kind.item
+    take, compute, item, inputs = take_rows(kind), sweep(kind, (activation,)), kind.item, kind.inputs
     sums_memory = stack(types.int32, kind.rows * PANEL)
 
     def linear(
         layer, scale, bias, static, parameter, stride, block, scratch, x, m, y, first_panel, last_panel
     ):  # fmt: skip
         n, k = load(i64(layer), 3), load(i64(layer), 4)
-        row_bytes = (k + 3) // 4 * 4 * item
+        row_bytes = (k + inputs - 1) // inputs * inputs * item
         taken, sums = scratch + block * 4, sums_memory()
         for begin in range(0, m, block):
             rows = min(block, m - begin)
@@ -62,25 +61,27 @@ def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float]:
 def linear(
     kind: Any,
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    weights: Callable[[], Any],
+    scale: Tensor | None,
     bias: Tensor | None,
     activation: str,
     x_scale: Tensor | None,
     isa: str | None,
 ) -> Tensor | None:
-    """x [..., K] fp32 -> y [..., N] fp32, by ``Int8`` or ``Float``; None where the kernel cannot be compiled."""
+    """x [..., K] fp32 -> y [..., N] fp32, by a kind of tile; None where the kernel cannot be compiled.
+
+    ``weights`` gives them packed as the kind reads them, once it is known that they will be needed.
+    """
     run, parameter = prepare(kind, activation, isa)
     if run is None:
         return None
-    layer = packed(weight)
+    layer = weights()
     n, k = layer.n, layer.k
     y = x.new_empty((*x.shape[:-1], n))
     if x.dim() != 2 or x.stride(1) != 1:
         x = dense_rows(x)
     m, stride = x.shape[0], x.stride(0)
-    if not scale.is_contiguous():
-        scale = scale.contiguous()
+    scale = layer.ones if scale is None else scale.contiguous()
     bias_at = 0
     if bias is not None:
         bias = bias.contiguous()
@@ -110,8 +111,9 @@ def linear(
 
 def settled(
     kind: Any,
-    weight: Tensor,
-    scale: Tensor,
+    pack: Callable[..., Any],
+    weights: tuple[Tensor, ...],
+    scale: Tensor | None,
     bias: Tensor | None,
     activation: str,
     x_scale: Tensor | None,
@@ -119,24 +121,28 @@ def settled(
 ) -> Callable[[Tensor], Tensor | None] | None:
     """``linear`` for inputs of this shape, all else looked up already; None where that is not the work of one thread.
 
-    It gives None for inputs that are not fp32 and contiguous on a CPU, and once ``weight`` has been written to. The
-    other tensors are read where they lie.
+    It gives None for inputs that are not fp32 and contiguous on a CPU, and once one of the ``weights``, which ``pack``
+    makes a layer of, has been written to. The other tensors are read where they lie.
     """
     run, parameter = prepare(kind, activation, None)
-    (n, k), m = weight.shape, shape[:-1].numel()
-    dense = scale.is_contiguous() and (bias is None or bias.is_contiguous())
-    if run is None or weight.is_inference() or not dense or shape[-1] != k:
+    dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
+    if run is None or any(weight.is_inference() for weight in weights) or not dense:
         return None
-    if m == 0 or m * n * k >= kind.parallel_work:
+    layer, m = pack(*weights), shape[:-1].numel()
+    if shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= kind.parallel_work:
         return None
-    layer, version, out = packed(weight), weight._version, (*shape[:-1], n)
+    first, last, out = weights[0], weights[-1], (*shape[:-1], layer.n)
+    version, k = first._version + last._version, layer.k
+    scale = layer.ones if scale is None else scale
     block, panels, scratch = min(BLOCK, m), layer.count, threads.scratch
     size = block * (layer.padded_k * kind.item + 4)
     at = layer.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
     fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, k, block
 
     def call(x: Tensor, held: Any = (layer, scale, bias, x_scale)) -> Tensor | None:
-        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous() or weight._version != version:
+        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return None
+        if first._version + last._version != version:
             return None
         y = x.new_empty(*out)
         run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, panels)

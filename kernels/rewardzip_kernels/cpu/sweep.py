@@ -47,7 +47,7 @@ def sweep(kind: Int8 | Float, names: tuple[str, ...], multiple: int = 1):
     finish = finishing(f32 if isinstance(kind, Float) else i32, names)
     start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
     lanes, vectors, tall_rows, middle_rows = kind.isa.lanes, kind.isa.vectors, kind.rows, kind.rows // 2
-    half_width = lanes * vectors // 2
+    half_width, inputs, step_bytes = lanes * vectors // 2, kind.inputs, kind.step_bytes
     tall, middle, single = (tile(kind, rows, vectors) for rows in (tall_rows, middle_rows, 1))
     thin, half = tile(kind, tall_rows, 1), tile(kind, tall_rows, max(vectors // 2, 1))
 
@@ -57,12 +57,12 @@ def sweep(kind: Int8 | Float, names: tuple[str, ...], multiple: int = 1):
     ):  # fmt: skip
         header = i64(layer)
         panels, start, zeros = load(header, 0), load(header, start_field), load(header, 2)
-        n, steps = (load(header, 3) + multiple - 1) // multiple * multiple, (load(header, 4) + 3) // 4
+        n, steps = (load(header, 3) + multiple - 1) // multiple * multiple, (load(header, 4) + inputs - 1) // inputs
         bias = bias or zeros
         for panel in range(first_panel, last_panel):
             column = panel * PANEL
             width = min(PANEL, n - column)
-            w, first = panels + panel * steps * PANEL * 4, start + column * 4
+            w, first = panels + panel * steps * step_bytes, start + column * 4
             scale_at, bias_at = f32(scale + column * 4), f32(bias + column * 4)
             done = 0
             while done < rows:

@@ -10,6 +10,8 @@ for all rows. Numba would not keep such a tile in registers, so its loop is writ
 A row's sums are taken in the same order whatever the tile it falls in.
 """
 
+from contextlib import contextmanager
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -21,17 +23,36 @@ PANEL = 64
 I64, F32 = ir.IntType(64), ir.FloatType()
 
 
-def _read(builder, base, offset, dtype):
+def read(builder, base, offset, dtype, align=4):
     place = builder.gep(base, [offset])
-    return builder.load(builder.bitcast(place, dtype.as_pointer()), align=4)
+    return builder.load(builder.bitcast(place, dtype.as_pointer()), align=align)
 
 
-def _splat(builder, value, lanes):
+def splat(builder, value, lanes):
     one = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-class Int8:
+class Dense:
+    """A step of the loop over K: four inputs, and the four weights of each output in a 32-bit lane."""
+
+    inputs, step_bytes = 4, 4 * PANEL
+
+    def step(self, builder, acc, x_rows, x_at, w, outputs):
+        """acc [rows][vectors] after one step; ``w`` is where its weights begin, a vector's first output in outputs."""
+        vector = ir.VectorType(I32, self.isa.lanes)
+        raw = [read(builder, w, builder.mul(output, I64(4)), vector) for output in outputs]
+        for part in range(self.parts):
+            weights = [self.weights(builder, v, part) for v in raw]
+            inputs = [self.inputs_of(builder, row, x_at, part) for row in x_rows]
+            acc = [
+                [self.dot(builder, a, x_r, weight) for a, weight in zip(sums_r, weights, strict=True)]
+                for sums_r, x_r in zip(acc, inputs, strict=True)
+            ]
+        return acc
+
+
+class Int8(Dense):
     """u8 rows times int8 weights, exact in int32; a step is one part."""
 
     item, element, parts = 1, I32, 1
@@ -44,11 +65,11 @@ class Int8:
     def weights(self, builder, w, part):
         return self.isa.split_w(builder, w)
 
-    def inputs(self, builder, row, offset, part):
-        return self.isa.split_x(builder, _splat(builder, _read(builder, row, offset, I32), self.isa.lanes))
+    def inputs_of(self, builder, row, offset, part):
+        return self.isa.split_x(builder, splat(builder, read(builder, row, offset, I32), self.isa.lanes))
 
 
-class Float:
+class Float(Dense):
     """fp32 rows times int8 weights made fp32 in registers; a step is four parts, or the registers would not do."""
 
     item, element, parts, rows_dtype = 4, F32, 4, "float32"
@@ -61,8 +82,8 @@ class Float:
     def weights(self, builder, w, part):
         return builder.sitofp(signed_byte(builder, w, part), ir.VectorType(F32, self.isa.lanes))
 
-    def inputs(self, builder, row, offset, part):
-        return _splat(builder, _read(builder, row, builder.add(offset, I64(4 * part)), F32), self.isa.lanes)
+    def inputs_of(self, builder, row, offset, part):
+        return splat(builder, read(builder, row, builder.add(offset, I64(4 * part)), F32), self.isa.lanes)
 
     def dot(self, builder, acc, x, w):
         function_type = ir.FunctionType(acc.type, [acc.type] * 3)
@@ -85,12 +106,12 @@ class BFloat16(Float):
 def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):
     """The tile's instructions; every pointer is an i8*, every other argument an i64."""
     isa = kind.isa
-    vector, element = ir.VectorType(I32, isa.lanes), ir.VectorType(kind.element, isa.lanes)
-    width = isa.lanes * vectors
+    element = ir.VectorType(kind.element, isa.lanes)
     x_rows = [builder.gep(x, [builder.mul(stride, I64(r))]) for r in range(rows)]
-    with cgutils.for_range_slice(builder, I64(0), columns, I64(width), intp=I64) as (column, _):
-        columns_at = [builder.mul(builder.add(column, I64(v * isa.lanes)), I64(4)) for v in range(vectors)]
-        first = [_read(builder, start, at, element) for at in columns_at]
+    with passes(builder, isa, vectors, columns) as column:
+        outputs = [builder.add(column, I64(v * isa.lanes)) for v in range(vectors)]
+        columns_at = [builder.mul(output, I64(4)) for output in outputs]
+        first = [read(builder, start, at, element) for at in columns_at]
         before, loop, after = (
             builder.block,
             builder.append_basic_block("tile.step"),
@@ -104,17 +125,9 @@ def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums
         for row in acc:
             for phi, value in zip(row, first, strict=True):
                 phi.add_incoming(value, before)
-        w_at = builder.mul(step, I64(4 * PANEL))
-        raw = [_read(builder, w, builder.add(w_at, at), vector) for at in columns_at]
-        x_at = builder.mul(step, I64(4 * kind.item))
-        new = acc
-        for part in range(kind.parts):
-            weights = [kind.weights(builder, v, part) for v in raw]
-            inputs = [kind.inputs(builder, row, x_at, part) for row in x_rows]
-            new = [
-                [kind.dot(builder, a, x_r, weight) for a, weight in zip(sums_r, weights, strict=True)]
-                for sums_r, x_r in zip(new, inputs, strict=True)
-            ]
+        w_step = builder.gep(w, [builder.mul(step, I64(kind.step_bytes))])
+        x_at = builder.mul(step, I64(kind.inputs * kind.item))
+        new = kind.step(builder, acc, x_rows, x_at, w_step, outputs)
         following = builder.add(step, I64(1))
         step.add_incoming(following, loop)
         for row, values in zip(acc, new, strict=True):
@@ -128,10 +141,22 @@ def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums
                 builder.store(value, builder.bitcast(place, element.as_pointer()), align=4)
 
 
+@contextmanager
+def passes(builder, isa, vectors, columns):
+    """A loop over the panel's outputs, ``vectors`` at a time; the narrower tiles are only given what is one pass."""
+    width = isa.lanes * vectors
+    if width == PANEL or vectors < isa.vectors:
+        yield I64(0)
+        return
+    with cgutils.for_range_slice(builder, I64(0), columns, I64(width), intp=I64) as (column, _):
+        yield column
+
+
 def tile(kind, rows, vectors):
     """The tile as a function for kernels: (x, stride, w, steps, columns, start, sums), addresses and integers.
 
-    It covers the first ``columns`` of the 64, rounded up to whole passes of ``vectors``.
+    It covers the first ``columns`` of the 64, rounded up to whole passes of ``vectors``: with fewer vectors than the
+    instruction set's, one pass.
     """
 
     @intrinsic

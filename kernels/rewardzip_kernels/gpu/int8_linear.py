@@ -84,8 +84,9 @@ def _int8_linear_kernel(
     y_tile = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT_K == 1:
-        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
-        row_scale = None
+        scale, row_scale = None, None
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
         if row_scale_ptr is not None:
             row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
         acc = finish(acc, scale, bias_ptr, row_scale, n[:, None], (n < N)[:, None], ACTIVATION, PARAMETER)
@@ -231,20 +232,32 @@ def int8_linear(
 def weights_times_rows(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     activation: str,
     row_scale: Tensor | None,
     y: Tensor,
     compute: torch.dtype,
 ) -> None:
-    """y [M, N] = act(scale * row_scale * (x @ weight^T) + bias); x [M, K] float, or int8 with its row_scale."""
+    """y [M, N] = act(scale * row_scale * (x @ weight^T) + bias); x [M, K] float, or int8 with its row_scale.
+
+    The weight is int8, or float with no scale where M is beyond 64: one pass, no split."""
     (m, k), n, stride = x.shape, weight.shape[0], x.stride(0)
     if m == 0:
         return
     weight = weight.contiguous()
     p = plan(m, n, k, x.element_size(), compute, activation)
-    key = (x.dtype, y.dtype, aligned(x, weight, scale, bias, row_scale, y), bias is None, n, k, stride, p.constants)
+    key = (
+        x.dtype,
+        weight.dtype,
+        y.dtype,
+        aligned(x, weight, scale, bias, row_scale, y),
+        bias is None,
+        n,
+        k,
+        stride,
+        p.constants,
+    )
     sums = y
     if p.split_k > 1:
         sums_dtype = torch.int32 if compute == torch.int8 else torch.float32

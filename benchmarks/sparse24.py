@@ -1,0 +1,121 @@
+"""One linear layer with ReLU, pruned: the 2:4 and the compressed-row forms beside dense ones, on one thread by default.
+
+    python benchmarks/sparse24.py [--sizes 256 ...] [--rows 1 ...] [--seconds 0.3] [--out FILE] [--quick]
+
+2:4 pruning for the 2:4 forms, random pruning at 90, 95 and 99 % for the others; every result is checked against float64
+before it is timed. A line a cell: microseconds of dense fp32, and how many times faster each of the others is.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from linear import machine
+from torch import Tensor, nn
+
+from rewardzip.nn import Int8Linear, Sparse24Linear, SparseRowsLinear
+from rewardzip.timing import interleaved
+
+TOLERANCE = 0.03
+PATTERNS = ("2:4", "90 %", "95 %", "99 %")
+
+
+def pruned(n: int, k: int, pattern: str) -> nn.Linear:
+    layer = nn.Linear(k, n).requires_grad_(False)
+    if pattern == "2:4":
+        order = layer.weight.abs().view(n, -1, 4).argsort(2).argsort(2)
+        layer.weight *= (order >= 2).view(n, k)
+    else:
+        layer.weight *= torch.rand(n, k) >= float(pattern.split()[0]) / 100
+    return layer
+
+
+def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What the layer can be, each made once: rows in, ReLU out."""
+
+    def eager(x: Tensor) -> Tensor:
+        return torch.relu(F.linear(x, layer.weight, layer.bias))
+
+    def mixed(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.relu(F.linear(x, layer.weight, layer.bias))
+
+    packed: dict[str, nn.Module] = {
+        "int8": Int8Linear.from_linear(layer),
+        "int8 x int8": Int8Linear.from_linear(layer, rows="dynamic"),
+    }
+    found: dict[str, Callable[[Tensor], Tensor]] = {"fp32": eager, "AMP bf16": mixed}
+    if pattern == "2:4":
+        packed |= {
+            "2:4 int8": Sparse24Linear.from_linear(layer),
+            "2:4 int8 x int8": Sparse24Linear.from_linear(layer, rows="dynamic"),
+            "2:4 fp16": Sparse24Linear.from_linear(layer, "float16"),
+            "2:4 bf16": Sparse24Linear.from_linear(layer, "bfloat16"),
+        }
+    else:
+        packed |= {
+            "rows int8": SparseRowsLinear.from_linear(layer),
+            "rows fp32": SparseRowsLinear.from_linear(layer, "float32"),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its CSR a beta
+            csr = layer.weight.to_sparse_csr()
+        found["torch CSR"] = lambda x: torch.relu((csr @ x.t()).t() + layer.bias)
+    return found | {name: lambda x, form=form: form(x, "relu") for name, form in packed.items()}
+
+
+def cells(sizes: list[int], row_counts: list[int], seconds: float) -> Iterator[dict[str, object]]:
+    for size in sizes:
+        for pattern in PATTERNS:
+            layer = pruned(size, size, pattern)
+            known = forms(layer, pattern)
+            exact_weight, exact_bias = layer.weight.double(), layer.bias.double()
+            for m in row_counts:
+                x = torch.randn(m, size)
+                # of many rows the first are enough to tell
+                exact = F.relu(F.linear(x[:64].double(), exact_weight, exact_bias))
+                calls = {}
+                for name, form in known.items():
+                    error = (form(x)[:64].double() - exact).norm() / exact.norm()
+                    if error <= TOLERANCE:
+                        calls[name] = lambda form=form, x=x: form(x)
+                    else:
+                        print(f"{size} {pattern} {m} {name}: wrong result ({error:.1e}), not timed")
+                with torch.no_grad():
+                    taken = interleaved(calls, "cpu", seconds)
+                base = taken["fp32"].p50
+                ratios = "  ".join(f"{name} {base / t.p50:.2f}x" for name, t in taken.items() if name != "fp32")
+                print(f"{size} {pattern:5} {m:5} rows  {base * 1e6:10.1f} us  {ratios}", flush=True)
+                for name, t in taken.items():
+                    yield {"op": "sparse", "size": size, "pattern": pattern, "rows": m, "provider": name, **asdict(t)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 256, 4096])
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for each line of the table")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file to add a JSON object a measurement to")
+    parser.add_argument("--quick", action="store_true", help="one tiny size, a moment each")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes, rows, seconds = options.sizes, options.rows, options.seconds
+    if options.quick:
+        sizes, rows, seconds = [64], [1, 20], 0.05
+    told = machine()
+    print("  ".join(f"{k}: {v}" for k, v in told.items()))
+    for cell in cells(sizes, rows, seconds):
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**cell, **told}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
