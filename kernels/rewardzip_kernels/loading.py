@@ -11,7 +11,7 @@ import torch
 _found: dict[tuple[str, str], Callable[..., Any]] = {}
 
 NEEDS = {"gpu": ("triton",), "cpu": ("numba", "llvmlite")}
-OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear", "fused_mlp", "reward_head")
+OPS = ("quantize_rows", "int8_linear", "int8_dynamic_linear", "fused_mlp", "reward_head", "block_sparse_linear")
 
 
 def implementation(device: str, op: str, reference: Callable[..., Any]) -> Callable[..., Any]:

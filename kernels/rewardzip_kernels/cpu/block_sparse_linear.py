@@ -1,0 +1,162 @@
+"""block_sparse_linear on a CPU: rows in groups as tall as the tile, interleaved, under every stored piece of weights.
+
+Blocks of any shape are cut into pieces of 4 inputs x 16 outputs first (``block_packing.py``), the form that one vector
+instruction multiplies. Four groups of 16 outputs share the epilogue of ``sweep.py``.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from numba import types
+from torch import Tensor
+
+from ..activations import parse
+from ..block_sparse_linear import block_sparse_linear_reference
+from ..checks import dense_rows
+from . import threads
+from .activations import inlined
+from .block_packing import GROUPS, packed_blocks
+from .block_tile import OUTPUTS, Wide, heights, interleave, piece_sums
+from .engine import kernel
+from .instruction_sets import choose
+from .pointers import f32, i32, i64, load, stack
+from .rows import take_rows
+from .sweep import finishing
+from .tile import PANEL, Float, Int8
+
+KINDS: dict[tuple[torch.dtype, bool], Any] = {
+    (torch.int8, True): Int8,
+    (torch.int8, False): Float,
+    (torch.float16, False): Wide,
+    (torch.bfloat16, False): Wide,
+}
+
+
+def group_sums(kind, rows: int):
+    """The sums of ``rows`` interleaved rows for the four groups of a panel, as a function for kernels."""
+    sums_of = piece_sums(kind, rows)
+
+    @inlined
+    def run(x, w, inputs, starts, panel, start, sums):
+        for group in range(GROUPS):
+            first, last = load(starts, panel * GROUPS + group), load(starts, panel * GROUPS + group + 1)
+            sums_of(x, w, inputs, first, last, start + group * OUTPUTS * 4, sums + group * OUTPUTS * 4)
+
+    return run
+
+
+def build(kind: Int8 | Float, activation: str):
+    """The kernel's Python and its argument letters."""
+    take, finish = take_rows(kind), finishing(f32 if isinstance(kind, Float) else i32, (activation,))
+    tall, *lower = heights(kind)
+    middle = lower[0]
+    mix_tall, mix_middle = interleave(kind, tall), interleave(kind, middle)
+    tall_sums, middle_sums, single_sums = (group_sums(kind, rows) for rows in (tall, middle, 1))
+    start_field = 1 if isinstance(kind, Int8) and kind.isa.zero_point else 2
+    sums_memory, step_bytes = stack(types.int32, tall * PANEL), 4 * kind.item
+
+    def block_sparse_linear(
+        layer, scale, bias, parameter, stride, row_bytes, scratch, x, m, y, first_panel, last_panel
+    ):  # fmt: skip
+        header = i64(layer)
+        pieces, start, zeros, inputs = load(header, 0), load(header, start_field), load(header, 2), load(header, 3)
+        starts, n, k = i32(load(header, 4)), load(header, 5), load(header, 6)
+        bias, sums = bias or zeros, sums_memory()
+        scales, taken, mixed = scratch, scratch + 64, scratch + 64 + tall * row_bytes
+        done = 0
+        while done < m:
+            now = 1
+            if m - done >= tall:
+                now = tall
+            elif m - done >= middle:
+                now = middle
+            take(x + done * stride * 4, stride, now, k, 0, taken, row_bytes, scales)
+            if now == tall:
+                mix_tall(taken, row_bytes, row_bytes // step_bytes, mixed)
+            elif now == middle and middle > 1:
+                mix_middle(taken, row_bytes, row_bytes // step_bytes, mixed)
+            for panel in range(first_panel, last_panel):
+                column = panel * PANEL
+                first = start + column * 4
+                if now == tall:
+                    tall_sums(mixed, pieces, inputs, starts, panel, first, sums)
+                elif now == middle and middle > 1:
+                    middle_sums(mixed, pieces, inputs, starts, panel, first, sums)
+                else:
+                    single_sums(taken, pieces, inputs, starts, panel, first, sums)
+                width = min(PANEL, n - column)
+                scale_at, bias_at = f32(scale + column * 4), f32(bias + column * 4)
+                y_at = y + (done * n + column) * 4
+                if width == PANEL:
+                    finish(0, sums, now, PANEL, f32(scales), scale_at, bias_at, y_at, n, parameter)
+                else:
+                    finish(0, sums, now, width, f32(scales), scale_at, bias_at, y_at, n, parameter)
+            done += now
+
+    return block_sparse_linear, "iiifiiiiiiii"
+
+
+@lru_cache(maxsize=256)
+def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float, int]:
+    """(the compiled kernel or None, the activation's parameter, the rows of its tallest tile)."""
+    entry, parameter = parse(activation)
+    made = kind(choose(isa))
+    key = ("blocks", kind.__name__, made.isa.name, entry.name)
+    return kernel(key, lambda: build(made, entry.name)), parameter, heights(made)[0]
+
+
+@lru_cache(maxsize=256)
+def _ones(n: int) -> Tensor:
+    return torch.ones(n)
+
+
+def block_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    dynamic: bool = False,
+    isa: str | None = None,
+) -> Tensor:
+    kind = KINDS[values.dtype, dynamic]
+    run, parameter, tall = prepare(kind, activation, isa)
+    layer = packed_blocks((values, columns, starts), out_features, in_features)
+    if run is None:
+        arguments = values, columns, starts, out_features, in_features, scale, bias, activation, dynamic
+        return block_sparse_linear_reference(x, *arguments)
+    n, dtype = out_features, x.dtype
+    y = x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
+    rows = x.float() if x.dim() == 2 and x.stride(1) == 1 else dense_rows(x.float())
+    m, stride = rows.shape[0], rows.stride(0)
+    scale = _ones(n) if scale is None else scale.contiguous()
+    bias_at = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    # whole squares of the tallest tile, and whole cache lines
+    row_bytes = (in_features + 63) // 64 * 64 * kind.item
+    size = 64 + 2 * tall * row_bytes
+    fixed = layer.address, scale.data_ptr(), bias_at, parameter, stride, row_bytes
+    x_at, y_at, panels = rows.data_ptr(), y.data_ptr(), layer.count
+    work = m * layer.stored * OUTPUTS * 4
+    if work < kind.parallel_work or (count := torch.get_num_threads()) == 1:
+        run(*fixed, threads.scratch(size), x_at, m, y_at, 0, panels)
+        return y if dtype == torch.float32 else y.to(dtype)
+
+    def some_rows(start: int, stop: int) -> None:
+        run(*fixed, threads.scratch(size), x_at + start * stride * 4, stop - start, y_at + start * n * 4, 0, panels)
+
+    def some_panels(start: int, stop: int) -> None:
+        run(*fixed, threads.scratch(size), x_at, m, y_at, start, stop)
+
+    if m >= count * 2 * tall:
+        threads.run(some_rows, threads.ranges(m, count, tall))
+    else:
+        threads.run(some_panels, layer.panel_ranges(count))
+    return y if dtype == torch.float32 else y.to(dtype)
