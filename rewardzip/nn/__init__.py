@@ -2,3 +2,4 @@
 
 from .base import CompressedLinear as CompressedLinear
 from .int8_linear import Int8Linear as Int8Linear
+from .block_sparse_linear import BlockSparseLinear as BlockSparseLinear

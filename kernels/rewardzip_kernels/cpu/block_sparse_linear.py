@@ -4,6 +4,7 @@ Blocks of any shape are cut into pieces of 4 inputs x 16 outputs first (``block_
 instruction multiplies. Four groups of 16 outputs share the epilogue of ``sweep.py``.
 """
 
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +13,9 @@ from numba import types
 from torch import Tensor
 
 from ..activations import parse
+from ..block_sparse_linear import _check as check
 from ..block_sparse_linear import block_sparse_linear_reference
-from ..checks import dense_rows
+from ..checks import FLOATS, dense_rows
 from . import threads
 from .activations import inlined
 from .block_packing import GROUPS, packed_blocks
@@ -57,7 +59,7 @@ def build(kind: Int8 | Float, activation: str):
     sums_memory, step_bytes = stack(types.int32, tall * PANEL), 4 * kind.item
 
     def block_sparse_linear(
-        layer, scale, bias, parameter, stride, row_bytes, scratch, x, m, y, first_panel, last_panel
+        layer, scale, bias, parameter, row_bytes, stride, scratch, x, m, y, first_panel, last_panel
     ):  # fmt: skip
         header = i64(layer)
         pieces, start, zeros, inputs = load(header, 0), load(header, start_field), load(header, 2), load(header, 3)
@@ -106,9 +108,68 @@ def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float, in
     return kernel(key, lambda: build(made, entry.name)), parameter, heights(made)[0]
 
 
-@lru_cache(maxsize=256)
-def _ones(n: int) -> Tensor:
-    return torch.ones(n)
+class Plan:
+    """What a call needs that its rows do not change. It keeps all its tensors but ``values``, with which it is dropped."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        columns: Tensor,
+        starts: Tensor,
+        n: int,
+        k: int,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        activation: str,
+        dynamic: bool,
+        isa: str | None,
+    ) -> None:
+        kind = KINDS[values.dtype, dynamic]
+        self.run, parameter, self.tall = prepare(kind, activation, isa)
+        self.layer = packed_blocks((values, columns, starts), n, k)
+        self.columns, self.starts, self.n, self.k, self.scale, self.bias = columns, starts, n, k, scale, bias
+        self.stamp = _stamp(values, columns, starts, scale, bias)
+        # the kernel reads them dense; a copy is never out of date: a change makes another plan
+        self.dense = torch.ones(n) if scale is None else scale.contiguous(), None if bias is None else bias.contiguous()
+        # whole squares of the tallest tile, and whole cache lines
+        row_bytes = (k + 63) // 64 * 64 * kind.item
+        self.size = 64 + 2 * self.tall * row_bytes
+        scale_at, bias_at = (0 if t is None else t.data_ptr() for t in self.dense)
+        self.fixed = self.layer.address, scale_at, bias_at, parameter, row_bytes
+        self.row_work, self.parallel_work = self.layer.stored * OUTPUTS * 4, kind.parallel_work
+
+
+def _stamp(
+    values: Tensor, columns: Tensor, starts: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    """Where the numbers are, and how often they were changed: counters only grow, so their sum tells."""
+    changes = values._version + columns._version + starts._version
+    at = values.data_ptr(), columns.data_ptr(), starts.data_ptr()
+    if scale is not None:
+        changes, at = changes + scale._version, (*at, scale.data_ptr())
+    if bias is not None:
+        changes, at = changes + bias._version, (*at, bias.data_ptr())
+    return changes, *at
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def _plan(x: Tensor, *arguments: Any) -> Plan:
+    """Checks everything, then works a plan out, and keeps it where changes of its tensors are counted."""
+    *tensors, activation, dynamic, isa = arguments
+    check(x, *tensors, activation, dynamic)
+    counted = not any(isinstance(t, Tensor) and t.is_inference() for t in tensors)
+    with torch.inference_mode(False), torch.no_grad():
+        if not counted:
+            tensors = [t.clone() if isinstance(t, Tensor) else t for t in tensors]
+        plan = Plan(*tensors, activation, dynamic, isa)
+    if counted:
+        key = id(tensors[0]), activation, dynamic, isa
+        if key not in _plans:
+            weakref.finalize(tensors[0], _plans.pop, key, None).atexit = False
+        _plans[key] = plan
+    return plan
 
 
 def block_sparse_linear(
@@ -124,39 +185,49 @@ def block_sparse_linear(
     dynamic: bool = False,
     isa: str | None = None,
 ) -> Tensor:
-    kind = KINDS[values.dtype, dynamic]
-    run, parameter, tall = prepare(kind, activation, isa)
-    layer = packed_blocks((values, columns, starts), out_features, in_features)
+    dtype, shape = x.dtype, x.shape
+    plan = _plans.get((id(values), activation, dynamic, isa))
+    if not (
+        plan is not None
+        and plan.columns is columns
+        and plan.starts is starts
+        and plan.scale is scale
+        and plan.bias is bias
+        and plan.n == out_features
+        and plan.k == in_features
+        and dtype in FLOATS
+        and len(shape) > 0
+        and shape[-1] == in_features
+        and plan.stamp == _stamp(values, columns, starts, scale, bias)
+    ):
+        plan = _plan(x, values, columns, starts, out_features, in_features, scale, bias, activation, dynamic, isa)
+    run, n = plan.run, out_features
     if run is None:
-        arguments = values, columns, starts, out_features, in_features, scale, bias, activation, dynamic
+        arguments = values, columns, starts, n, in_features, scale, bias, activation, dynamic
         return block_sparse_linear_reference(x, *arguments)
-    n, dtype = out_features, x.dtype
-    y = x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
-    rows = x.float() if x.dim() == 2 and x.stride(1) == 1 else dense_rows(x.float())
+    rows = x if dtype == torch.float32 else x.float()
+    if len(shape) == 2 and rows.stride(1) == 1:
+        y = rows.new_empty((shape[0], n))
+    else:
+        y, rows = rows.new_empty((*shape[:-1], n)), dense_rows(rows)
     m, stride = rows.shape[0], rows.stride(0)
-    scale = _ones(n) if scale is None else scale.contiguous()
-    bias_at = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_at = bias.data_ptr()
-    # whole squares of the tallest tile, and whole cache lines
-    row_bytes = (in_features + 63) // 64 * 64 * kind.item
-    size = 64 + 2 * tall * row_bytes
-    fixed = layer.address, scale.data_ptr(), bias_at, parameter, stride, row_bytes
-    x_at, y_at, panels = rows.data_ptr(), y.data_ptr(), layer.count
-    work = m * layer.stored * OUTPUTS * 4
-    if work < kind.parallel_work or (count := torch.get_num_threads()) == 1:
-        run(*fixed, threads.scratch(size), x_at, m, y_at, 0, panels)
+    x_at, y_at, fixed, panels = rows.data_ptr(), y.data_ptr(), plan.fixed, plan.layer.count
+    if m * plan.row_work < plan.parallel_work or (count := torch.get_num_threads()) == 1:
+        run(*fixed, stride, threads.scratch(plan.size), x_at, m, y_at, 0, panels)
         return y if dtype == torch.float32 else y.to(dtype)
 
     def some_rows(start: int, stop: int) -> None:
-        run(*fixed, threads.scratch(size), x_at + start * stride * 4, stop - start, y_at + start * n * 4, 0, panels)
+        rows_at = x_at + start * stride * 4, stop - start, y_at + start * n * 4
+        run(*fixed, stride, threads.scratch(plan.size), *rows_at, 0, panels)
 
     def some_panels(start: int, stop: int) -> None:
-        run(*fixed, threads.scratch(size), x_at, m, y_at, start, stop)
+        run(*fixed, stride, threads.scratch(plan.size), x_at, m, y_at, start, stop)
 
-    if m >= count * 2 * tall:
-        threads.run(some_rows, threads.ranges(m, count, tall))
+    if m >= count * 2 * plan.tall:
+        threads.run(some_rows, threads.ranges(m, count, plan.tall))
     else:
-        threads.run(some_panels, layer.panel_ranges(count))
+        threads.run(some_panels, plan.layer.panel_ranges(count))
     return y if dtype == torch.float32 else y.to(dtype)
+
+
+block_sparse_linear.checks = True  # type: ignore[attr-defined]
