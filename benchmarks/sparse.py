@@ -31,7 +31,7 @@ BLOCKS = {"cpu": ((16, 4), (64, 64)), "cuda": ((64, 64), (32, 32), (16, 4))}
 DENSE = ("fp32", "AMP bf16", "fp16", "rewardzip int8", "rewardzip int8 x int8")
 
 # multiply-adds of the dense layer; on a CPU, cells beyond it would take minutes
-CPU_WORK = 2e10
+CPU_WORK = 1e10
 
 Call = Callable[[], Tensor]
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITY)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--seconds", type=float, default=0.6, help="time for each cell")
-    parser.add_argument("--out", type=Path, help="folder for sparse-N-threads.json")
+    parser.add_argument("--out", type=Path, help="folder for sparse-SIZE-N-threads.json")
     options = parser.parse_args()
     if options.quick:
         options.sizes, options.rows, options.sparsity, options.seconds = [64], [1, 20], [0.5], 0.05
@@ -128,10 +128,10 @@ def main() -> None:
                     rest = [t.p50 for name, t in taken.items() if name.startswith("rewardzip int8")]
                     wins = sparsity if wins is None and ours and min(ours) < min(rest) else wins
                 print(f"  blocks beat dense int8 from {'nowhere' if wins is None else f'{100 * wins:g} %'}")
-    if options.out:
+    for size in options.sizes if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
-        lines = "\n".join(json.dumps(row) for row in written) + "\n"
-        (options.out / f"sparse-{options.threads}-threads.json").write_text(lines)
+        lines = "".join(json.dumps(row) + "\n" for row in written if row["size"] == size)
+        (options.out / f"sparse-{size}-{options.threads}-threads.json").write_text(lines)
 
 
 if __name__ == "__main__":

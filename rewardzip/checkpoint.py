@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from .constraints import settle_masked
 from .fuse import is_plain, original_class
 from .models import RewardMLP
-from .nn import CompressedLinear, Int8Linear
+from .nn import BlockSparseLinear, CompressedLinear, Int8Linear
 from .nn.base import is_conv1d
 from .swap import fuse_forwards, put
 
-FORMAT, VERSION = "rewardzip", 1
+# version 1 had no BlockSparseLinear, and is otherwise the same
+FORMAT, VERSION = "rewardzip", 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # the types a dense model may have, whichever its class makes
@@ -38,6 +39,10 @@ class CheckpointError(ValueError):
 # what a config may name: how to build it, and the attributes that are its arguments. Nothing else is ever constructed.
 LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
     "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype")),
+    "BlockSparseLinear": (
+        BlockSparseLinear,
+        ("in_features", "out_features", "stored", "bias", "block", "values", "rows", "dtype"),
+    ),
 }
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
@@ -67,12 +72,14 @@ def _is_number(value: Any) -> bool:
 
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("in_features", "out_features", "state_dim", "action_dim"), _is_size),
+    **dict.fromkeys(("in_features", "out_features", "stored", "state_dim", "action_dim"), _is_size),
     **dict.fromkeys(("hidden", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
     **dict.fromkeys(("start_dim", "end_dim"), lambda v: type(v) is int),
     **dict.fromkeys(("bias", "elementwise_affine"), lambda v: type(v) is bool),
     **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
     "approximate": lambda v: v in ("none", "tanh"),
+    "block": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_size, v)),
+    "values": lambda v: v in ("int8", "float16", "bfloat16"),
     "rows": lambda v: v in ("float", "dynamic", "static"),
     "dtype": lambda v: v in ("float32", "float16", "bfloat16", "float64"),
     "compute_dtype": lambda v: v in (None, "float32", "float16", "bfloat16"),
@@ -228,13 +235,18 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
         return layer
 
-    for buffer, expected in make("meta").state_dict(prefix=f"{name}." if name else "").items():
+    layer, prefix = make("meta"), f"{name}." if name else ""
+    for buffer, expected in layer.state_dict(prefix=prefix).items():
         found = tensors.get(buffer)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             has = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise CheckpointError(
                 f"{where}: {buffer!r} should be {expected.dtype} {tuple(expected.shape)}, {WEIGHTS} has {has}"
             )
+    try:
+        layer.check_tensors({buffer: tensors[prefix + buffer] for buffer in layer.state_dict()})
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {WEIGHTS} holds no such layer: {error}") from error
     return make
 
 
@@ -314,8 +326,8 @@ def _read_config(source: Path) -> dict[str, Any]:
     known = {"format", "version", "model", "layers", "tied"}
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{source}/{CONFIG} is not a {FORMAT} config")
-    if type(config.get("version")) is not int or config["version"] != VERSION:
-        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads {VERSION}")
+    if type(config.get("version")) is not int or not 1 <= config["version"] <= VERSION:
+        raise CheckpointError(f"{source}/{CONFIG} has version {config.get('version')!r}; this reads 1 to {VERSION}")
     if config.keys() != known:
         raise CheckpointError(f"{source}/{CONFIG} has the fields {sorted(config)}; it must have {sorted(known)}")
     if not isinstance(config["layers"], dict) or not isinstance(config["tied"], dict):

@@ -289,7 +289,7 @@ def test_configs_that_are_none(saved, text):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c.update(version=2), "version 2; this reads 1"),
+        (lambda c: c.update(version=3), "version 3; this reads 1 to 2"),
         (lambda c: c.update(version=True), "version True"),
         (lambda c: c.update(version="1"), "version '1'"),
         (lambda c: c.update(format="other"), "not a rewardzip config"),

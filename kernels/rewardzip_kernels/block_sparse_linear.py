@@ -81,7 +81,9 @@ def _check(
     if values.dtype not in STORED:
         raise TypeError(f"{op}: values is {values.dtype}; it must be int8, float16 or bfloat16")
     if values.dim() != 3 or not all(1 <= side <= MAX_SIDE for side in values.shape[1:]):
-        raise ValueError(f"{op}: values has shape {tuple(values.shape)}; it must be [stored, 1..{MAX_SIDE}, 1..{MAX_SIDE}]")
+        raise ValueError(
+            f"{op}: values has shape {tuple(values.shape)}; it must be [stored, 1..{MAX_SIDE}, 1..{MAX_SIDE}]"
+        )
     if out_features < 1 or in_features < 1:
         raise ValueError(f"{op}: out_features is {out_features}, in_features {in_features}; each must be 1 or more")
     if x.dim() == 0 or x.shape[-1] != in_features:

@@ -1,13 +1,13 @@
 """The stored form of a matrix in blocks of which only some are kept: one format, whatever the shape of its blocks.
 
-    weight [N, K]       cut into blocks of bn outputs x bk inputs, the last ones filled up with zeros
-    values [S, bn, bk]  the stored blocks, block row by block row, from left to right
-    columns [S]         int32: the block column of each
-    starts [rows + 1]   int32: block row r is values[starts[r] : starts[r + 1]]
+weight [N, K]       cut into blocks of bn outputs x bk inputs, the last ones filled up with zeros
+values [S, bn, bk]  the stored blocks, block row by block row, from left to right
+columns [S]         int32: the block column of each
+starts [rows + 1]   int32: block row r is values[starts[r] : starts[r + 1]]
 
-        [ A ] [   ] [ B ]        values  A B C
-        [   ] [   ] [   ]        columns 0 2 1
-        [   ] [ C ] [   ]        starts  0 2 2 3
+    [ A ] [   ] [ B ]        values  A B C
+    [   ] [   ] [   ]        columns 0 2 1
+    [   ] [ C ] [   ]        starts  0 2 2 3
 """
 
 from typing import NamedTuple
@@ -70,7 +70,9 @@ def check_pattern(columns: Tensor, starts: Tensor, n: int, k: int, block: tuple[
     rows, count = grid(n, k, block)
     stored = len(columns)
     if starts.shape != (rows + 1,):
-        raise ValueError(f"starts has shape {tuple(starts.shape)}, but {n} outputs in blocks of {block[0]} take {rows + 1}")
+        raise ValueError(
+            f"starts has shape {tuple(starts.shape)}, but {n} outputs in blocks of {block[0]} take {rows + 1}"
+        )
     ends = int(starts[0]), int(starts[-1])
     if ends != (0, stored) or bool((starts.diff() < 0).any()):
         raise ValueError(f"starts must rise from 0 to the {stored} stored blocks; it goes from {ends[0]} to {ends[1]}")
@@ -78,7 +80,9 @@ def check_pattern(columns: Tensor, starts: Tensor, n: int, k: int, block: tuple[
         return
     low, high = int(columns.min()), int(columns.max())
     if low < 0 or high >= count:
-        raise ValueError(f"columns goes from {low} to {high}, but {k} inputs in blocks of {block[1]} are {count} columns")
+        raise ValueError(
+            f"columns goes from {low} to {high}, but {k} inputs in blocks of {block[1]} are {count} columns"
+        )
     inside = torch.ones(stored + 1, dtype=torch.bool, device=columns.device)
     inside[starts.long()] = False
     falls = (columns.diff() <= 0) & inside[1:stored]

@@ -1,5 +1,5 @@
 """One module per kernel, each made from trained layers by ``from_linear``."""
 
 from .base import CompressedLinear as CompressedLinear
-from .int8_linear import Int8Linear as Int8Linear
 from .block_sparse_linear import BlockSparseLinear as BlockSparseLinear
+from .int8_linear import Int8Linear as Int8Linear

@@ -32,6 +32,7 @@ class CompressedLinear(nn.Module):
 
     in_features: int
     out_features: int
+    rows: str
     dtype: torch.dtype
     fp32_bias: Tensor | None
 
@@ -85,6 +86,13 @@ class CompressedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
         raise NotImplementedError
+
+    def weight_bytes(self) -> int:
+        """What the weights take by the formula of this form, without scales and biases."""
+        raise NotImplementedError
+
+    def check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError where buffers of the right types and shapes hold what no such layer can; most hold anything."""
 
     def check_refresh(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
         """The weight and bias ``refresh`` would take, or an error where they do not fit."""

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from rewardzip_kernels import block_sparse_linear, quantize_rows
-from rewardzip_kernels.blocks import MAX_SIDE, Blocks, cut, grid, occupied, row_of_each, to_blocks, to_dense
+from rewardzip_kernels.blocks import (
+    MAX_SIDE,
+    Blocks,
+    check_pattern,
+    cut,
+    grid,
+    occupied,
+    row_of_each,
+    to_blocks,
+    to_dense,
+)
 
 from .base import CompressedLinear, check_source
 
@@ -39,7 +49,6 @@ class BlockSparseLinear(CompressedLinear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        block = tuple(block)
         if len(block) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in block):
             raise ValueError(f"BlockSparseLinear: block is {block}; it must be (outputs, inputs), each 1 to {MAX_SIDE}")
         if values not in ("int8", "float16", "bfloat16"):
@@ -52,7 +61,7 @@ class BlockSparseLinear(CompressedLinear):
         if not 0 <= stored <= height * width:
             raise ValueError(f"BlockSparseLinear: stored is {stored}, but there are {height} x {width} blocks")
         self.in_features, self.out_features, self.stored = in_features, out_features, stored
-        self.block, self.values, self.rows, self.dtype = block, values, rows, dtype
+        self.block, self.values, self.rows, self.dtype = (block[0], block[1]), values, rows, dtype
         kind = getattr(torch, values)
         starts = torch.zeros(height + 1, dtype=torch.int32, device=device)
         starts[1:] = stored
@@ -117,6 +126,15 @@ class BlockSparseLinear(CompressedLinear):
     def weight(self) -> Tensor:
         dense = to_dense(self.blocks, self.out_features, self.in_features).float()
         return (dense if self.scale is None else dense * self.scale[:, None]).to(self.dtype)
+
+    def weight_bytes(self) -> int:
+        """The stored blocks, an index of four bytes each, and where each block row begins."""
+        block = self.block[0] * self.block[1] * self.block_values.element_size()
+        return self.stored * (block + 4) + 4 * len(self.block_starts)
+
+    def check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        where = tensors["block_columns"], tensors["block_starts"]
+        check_pattern(*where, self.out_features, self.in_features, self.block)
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
         # past nn.Module's search, a third of a small call

@@ -74,6 +74,9 @@ class Int8Linear(CompressedLinear):
     def weight(self) -> Tensor:
         return (self.int8_weight.float() * self.scale[:, None]).to(self.dtype)
 
+    def weight_bytes(self) -> int:
+        return self.out_features * self.in_features
+
     def compute(self, input: Tensor, activation: str) -> Tensor:
         if self.rows == "float":
             return int8_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)

@@ -1,9 +1,9 @@
 """Blocks of any shape as the CPU multiplies them: pieces of 4 inputs by 16 outputs, those of zeros alone left out.
 
-    pieces  [P][16][4] int8: one input dword against one vector of outputs; or [P][4][16] fp32 for 16-bit values
-    inputs  [P] int32: which four inputs a piece takes, in quarters of a row
-    starts  [N/64 * 4 + 1] int32: group g of 16 outputs is pieces[starts[g] : starts[g + 1]]
-    start   [N/64 * 64] int32: -128 times the sum of an output's weights, as in ``packing.py``
+pieces  [P][16][4] int8: one input dword against one vector of outputs; or [P][4][16] fp32 for 16-bit values
+inputs  [P] int32: which four inputs a piece takes, in quarters of a row
+starts  [N/64 * 4 + 1] int32: group g of 16 outputs is pieces[starts[g] : starts[g + 1]]
+start   [N/64 * 64] int32: -128 times the sum of an output's weights, as in ``packing.py``
 """
 
 import torch

@@ -144,7 +144,7 @@ def _stamp(
 ) -> tuple[int, ...]:
     """Where the numbers are, and how often they were changed: counters only grow, so their sum tells."""
     changes = values._version + columns._version + starts._version
-    at = values.data_ptr(), columns.data_ptr(), starts.data_ptr()
+    at: tuple[int, ...] = values.data_ptr(), columns.data_ptr(), starts.data_ptr()
     if scale is not None:
         changes, at = changes + scale._version, (*at, scale.data_ptr())
     if bias is not None:
@@ -157,12 +157,12 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 
 def _plan(x: Tensor, *arguments: Any) -> Plan:
     """Checks everything, then works a plan out, and keeps it where changes of its tensors are counted."""
-    *tensors, activation, dynamic, isa = arguments
-    check(x, *tensors, activation, dynamic)
+    tensors, (activation, dynamic, isa) = arguments[:-3], arguments[-3:]
+    check(x, *arguments[:-1])
     counted = not any(isinstance(t, Tensor) and t.is_inference() for t in tensors)
     with torch.inference_mode(False), torch.no_grad():
         if not counted:
-            tensors = [t.clone() if isinstance(t, Tensor) else t for t in tensors]
+            tensors = tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors)
         plan = Plan(*tensors, activation, dynamic, isa)
     if counted:
         key = id(tensors[0]), activation, dynamic, isa

@@ -173,4 +173,3 @@ def interleave(kind, rows):
         return types.void(*[types.int64] * 4), lower
 
     return run
-

@@ -1,0 +1,73 @@
+"""Which form a layer is packed into: the route table.
+
+A form *fits* a pattern where it holds every weight that is not zero, and *wins* where it was measured to be faster than
+dense int8 on such a device. The first entry that does both is taken, otherwise dense int8. What is measured is in
+``benchmarks/results``; where nothing was, nothing is promised, and the layer stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from rewardzip_kernels.mlp_layout import MAX_WIDTH
+
+from .nn.base import CompressedLinear, check_source
+from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
+from .patterns import Pattern, find_pattern
+
+Rows = Literal["float", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """fits(pattern); wins(pattern, device, rows): why, or None; make(linear, rows)."""
+
+    name: str
+    fits: Callable[[Pattern], bool]
+    wins: Callable[[Pattern, str, Rows], str | None]
+    make: Callable[[nn.Linear, Rows], CompressedLinear]
+
+
+def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
+    """``benchmarks/results/amd-epyc-zen5/sparse-1-threads.json``; no GPU was measured."""
+    if device != "cpu":
+        return None
+    share = pattern.filled[BLOCK]
+    # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
+    small = max(pattern.shape) <= MAX_WIDTH
+    limit = SMALL_LIMIT if small else LIMIT
+    if share > limit or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
+        return None
+    return f"{100 * (1 - share):.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * (1 - limit):.0f} % on faster"
+
+
+# the share of stored blocks up to which blocks are faster than dense int8, and than an MLP in one launch
+LIMIT, SMALL_LIMIT, SMALLEST = 0.5, 0.1, MAX_WIDTH * MAX_WIDTH
+
+FORMS = (
+    Form(
+        "blocks",
+        lambda pattern: BLOCK in pattern.filled,
+        _blocks_win,
+        lambda linear, rows: BlockSparseLinear.from_linear(linear, BLOCK, "int8", rows),
+    ),
+)
+
+
+def choose(pattern: Pattern, device: str, rows: Rows) -> tuple[Form | None, str]:
+    """(the form, why); None is dense int8."""
+    for form in FORMS:
+        if form.fits(pattern) and (why := form.wins(pattern, device, rows)):
+            return form, why
+    return None, f"{pattern}: no sparse form was measured to be faster on this {device}"
+
+
+def sparse_form(linear: nn.Linear, rows: Rows) -> CompressedLinear | None:
+    """The layer in the sparse form that is fastest for its zeros, None where that is dense int8."""
+    weight, _ = check_source("swap", linear)
+    form, _ = choose(find_pattern(weight), weight.device.type, rows)
+    return None if form is None else form.make(linear, rows)
