@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .constraints import settle_masked
-from .fuse import FusedForward
 from .forms import choose
+from .fuse import FusedForward
 from .int8 import Int8
 from .nn import CompressedLinear
 from .nn.base import is_conv1d

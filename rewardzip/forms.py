@@ -36,17 +36,18 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
     """``benchmarks/results/amd-epyc-zen5/sparse-1-threads.json``; no GPU was measured."""
     if device != "cpu":
         return None
-    share = pattern.filled[BLOCK]
+    empty = 1 - pattern.filled[BLOCK]
     # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
     small = max(pattern.shape) <= MAX_WIDTH
-    limit = SMALL_LIMIT if small else LIMIT
-    if share > limit or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
+    least = IN_CHAIN if small else ALONE
+    if empty < least or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
         return None
-    return f"{100 * (1 - share):.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * (1 - limit):.0f} % on faster"
+    return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
 
 
-# the share of stored blocks up to which blocks are faster than dense int8, and than an MLP in one launch
-LIMIT, SMALL_LIMIT, SMALLEST = 0.5, 0.1, MAX_WIDTH * MAX_WIDTH
+# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, and from what
+# size there
+ALONE, IN_CHAIN, SMALLEST = 0.5, 0.9, MAX_WIDTH * MAX_WIDTH
 
 FORMS = (
     Form(

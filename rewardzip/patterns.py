@@ -22,7 +22,7 @@ MOST = 0.9
 
 @dataclass(frozen=True)
 class Pattern:
-    """shape [out, in]; filled: per block shape, the share of blocks that hold anything; n_m: at most n of m in a row."""
+    """shape [out, in]; filled: per block shape, the share of blocks that hold anything; n_m: at most n of every m."""
 
     shape: tuple[int, int]
     sparsity: float

@@ -1,4 +1,4 @@
-"""block_sparse_linear: every pattern and corner against float64, poisoned memory, in every implementation; the module."""
+"""block_sparse_linear: every pattern and corner against float64 in every implementation; its module, and swap."""
 
 import copy
 import json
@@ -438,11 +438,11 @@ def test_module_refuses_numbers_that_do_not_fit():
     linear = pruned_linear()
     with torch.no_grad():
         linear.weight[3, :] = 1e5
-    with pytest.raises(ValueError, match="70 weights .* are inf or NaN in float16"):
+    with pytest.raises(ValueError, match=r"70 weights .* are inf or NaN in float16"):
         BlockSparseLinear.from_linear(linear, values="float16")
     with torch.no_grad():
         linear.weight[3, 0] = float("nan")
-    with pytest.raises(ValueError, match="1 of the 40 outputs' weights"):
+    with pytest.raises(ValueError, match="1 of the 40 outputs"):
         BlockSparseLinear.from_linear(linear)
 
 

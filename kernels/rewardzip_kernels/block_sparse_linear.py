@@ -10,6 +10,7 @@ a GPU's tensor cores). An inf or a NaN in x reaches every output that has a non-
 others depends on the blocks.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def block_sparse_linear_reference(
     rows = torch.nn.functional.pad(rows, (0, -in_features % bk)).unflatten(1, (-1, bk))
     y = torch.empty(rows.shape[0], out_features, device=x.device)
     bounds = starts.tolist()
-    for r, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for r, (first, last) in enumerate(pairwise(bounds)):
         part = slice(r * bn, min((r + 1) * bn, out_features))
         gathered = rows[:, columns[first:last].long()].flatten(1)
         weight = values[first:last].transpose(0, 1).flatten(1)[: part.stop - part.start]

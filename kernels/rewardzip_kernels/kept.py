@@ -1,7 +1,7 @@
 """What is worked out from tensors, kept while they are as they were and dropped with them.
 
-A kept value is used only for the very tensors it came from, at the same addresses and the same versions: torch counts
-every in-place change. (A change through ``tensor.data`` or NumPy is not counted.) A tensor made in inference mode counts
+A kept value is used only for the very tensors it came from, at the same addresses and versions: torch counts every
+in-place change. (A change through ``tensor.data`` or NumPy is not counted.) A tensor made in inference mode counts
 nothing, so its values are compared.
 """
 

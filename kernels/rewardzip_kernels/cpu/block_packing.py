@@ -6,6 +6,8 @@ starts  [N/64 * 4 + 1] int32: group g of 16 outputs is pieces[starts[g] : starts
 start   [N/64 * 64] int32: -128 times the sum of an output's weights, as in ``packing.py``
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class PackedBlocks:
         ends = self.starts[GROUPS::GROUPS].double() + torch.arange(1, self.count + 1) * 1e-3
         wanted = ends[-1] * torch.arange(1, parts) / parts
         bounds = [0, *(torch.searchsorted(ends, wanted) + 1).tolist(), self.count]
-        return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+        return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 packed_blocks = Kept(PackedBlocks)

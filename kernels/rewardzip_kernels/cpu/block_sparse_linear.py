@@ -109,7 +109,7 @@ def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float, in
 
 
 class Plan:
-    """What a call needs that its rows do not change. It keeps all its tensors but ``values``, with which it is dropped."""
+    """What a call needs that its rows do not change; all its tensors but ``values``, with which it goes, are kept."""
 
     def __init__(
         self,

@@ -78,30 +78,31 @@ def emit(builder, kind, rows, x, w, at, first, last, start, sums):
     add = builder.fadd if kind.element is F32 else builder.add
     x_rows = [builder.gep(x, [I64(4 * kind.item * r)]) for r in range(rows)]
 
+    def pieces(lane, count):
+        """A loop's body: ``count`` pieces, outputs ``lane`` onwards."""
+
+        def body(i, acc):
+            acc = list(acc)
+            for u in range(count):
+                index = builder.add(i, I64(u))
+                weights = piece(kind, builder, w, index, lane)
+                step = builder.zext(_read(builder, at, builder.mul(index, I64(4)), I32), I64)
+                offset = builder.mul(step, I64(4 * kind.item * rows))
+                for part, weight in enumerate(weights):
+                    for r, row in enumerate(x_rows):
+                        c = r * chains + u * kind.parts + part
+                        acc[c] = kind.dot(builder, acc[c], kind.inputs(builder, row, offset, part), weight)
+            return acc
+
+        return body
+
     for lane in range(0, OUTPUTS, lanes):
         begin = _read(builder, start, I64(4 * lane), vector)
         zero = ir.Constant(vector, [0] * lanes)
         values = [begin if chain == 0 else zero for _ in range(rows) for chain in range(chains)]
-
-        def pieces(count, lane=lane):
-            def body(i, acc):
-                acc = list(acc)
-                for u in range(count):
-                    index = builder.add(i, I64(u))
-                    weights = piece(kind, builder, w, index, lane)
-                    step = builder.zext(_read(builder, at, builder.mul(index, I64(4)), I32), I64)
-                    offset = builder.mul(step, I64(4 * kind.item * rows))
-                    for part, weight in enumerate(weights):
-                        for r, row in enumerate(x_rows):
-                            c = r * chains + u * kind.parts + part
-                            acc[c] = kind.dot(builder, acc[c], kind.inputs(builder, row, offset, part), weight)
-                return acc
-
-            return body
-
-        i, values = loop(builder, first, last, unroll, values, pieces(unroll))
+        i, values = loop(builder, first, last, unroll, values, pieces(lane, unroll))
         if unroll > 1:
-            _, values = loop(builder, i, last, 1, values, pieces(1))
+            _, values = loop(builder, i, last, 1, values, pieces(lane, 1))
         for r in range(rows):
             parts = values[r * chains : (r + 1) * chains]
             while len(parts) > 1:
