@@ -22,16 +22,17 @@ MOST = 0.9
 
 @dataclass(frozen=True)
 class Pattern:
-    """shape [out, in]; filled: per block shape, the share of blocks that hold anything; n_m: at most n of every m."""
+    """shape [out, in]; ``filled``: per block shape, the share of blocks that hold anything; ``most``: per group size m,
+    the most weights that any m inputs in a row hold; both empty for a dense weight. ``block``: the largest shape whose
+    empty blocks explain the zeros."""
 
     shape: tuple[int, int]
     sparsity: float
     dead_outputs: int
     dead_inputs: int
-    n_m: tuple[int, int] | None
+    most: dict[int, int]
     filled: dict[tuple[int, int], float]
     block: tuple[int, int] | None
-    """The largest shape whose empty blocks explain the zeros."""
 
     def __str__(self) -> str:
         n, k = self.shape
@@ -42,7 +43,11 @@ class Pattern:
             return f"{self.dead_outputs} dead outputs, {self.dead_inputs} dead inputs"
         if self.block is not None:
             return f"blocks {self.block[0]}x{self.block[1]}"
-        return "unstructured" if self.n_m is None else f"{self.n_m[0]}:{self.n_m[1]}"
+        for m, n in self.most.items():
+            # where there are many more zeros, the groups are so by chance
+            if 2 * n <= m and MOST * self.sparsity <= 1 - n / m:
+                return f"{n}:{m}"
+        return "unstructured"
 
 
 def find_pattern(weight: Tensor) -> Pattern:
@@ -52,7 +57,7 @@ def find_pattern(weight: Tensor) -> Pattern:
     sparsity = 1 - float(used.float().mean())
     dead_outputs, dead_inputs = int((~used.any(1)).sum()), int((~used.any(0)).sum())
     if sparsity < SOME:
-        return Pattern((n, k), sparsity, dead_outputs, dead_inputs, None, {}, None)
+        return Pattern((n, k), sparsity, dead_outputs, dead_inputs, {}, {}, None)
     filled, named = {}, None
     for block in BLOCKS:
         here = occupied(used, block)
@@ -61,14 +66,9 @@ def find_pattern(weight: Tensor) -> Pattern:
         held = here.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:n, :k]
         if named is None and 1 - float(held.float().mean()) >= MOST * sparsity:
             named = block
-    return Pattern((n, k), sparsity, dead_outputs, dead_inputs, _n_m(used), filled, named)
-
-
-def _n_m(used: Tensor) -> tuple[int, int] | None:
-    """The first group size of which no group is more than half used."""
+    most = {}
     for m in GROUPS:
-        padded = torch.nn.functional.pad(used, (0, -used.shape[1] % m))
-        most = int(padded.unflatten(1, (-1, m)).sum(2).max())
-        if most <= m // 2:
-            return max(most, 1), m
-    return None
+        padded = torch.nn.functional.pad(used, (0, -k % m))
+        most[m] = int(padded.unflatten(1, (-1, m)).sum(2).max())
+    return Pattern((n, k), sparsity, dead_outputs, dead_inputs, most, filled, named)
+

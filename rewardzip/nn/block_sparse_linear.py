@@ -63,10 +63,11 @@ class BlockSparseLinear(CompressedLinear):
         self.in_features, self.out_features, self.stored = in_features, out_features, stored
         self.block, self.values, self.rows, self.dtype = (block[0], block[1]), values, rows, dtype
         kind = getattr(torch, values)
-        starts = torch.zeros(height + 1, dtype=torch.int32, device=device)
-        starts[1:] = stored
+        # until a pattern is loaded, the first blocks there are
+        starts = (torch.arange(height + 1, device=device) * width).clamp(max=stored).to(torch.int32)
+        columns = (torch.arange(stored, device=device) % width).to(torch.int32)
         self.register_buffer("block_values", torch.zeros(stored, *block, dtype=kind, device=device))
-        self.register_buffer("block_columns", torch.zeros(stored, dtype=torch.int32, device=device))
+        self.register_buffer("block_columns", columns)
         self.register_buffer("block_starts", starts)
         self.register_buffer("scale", torch.ones(out_features, device=device) if values == "int8" else None)
         self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
