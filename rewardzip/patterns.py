@@ -71,4 +71,3 @@ def find_pattern(weight: Tensor) -> Pattern:
         padded = torch.nn.functional.pad(used, (0, -k % m))
         most[m] = int(padded.unflatten(1, (-1, m)).sum(2).max())
     return Pattern((n, k), sparsity, dead_outputs, dead_inputs, most, filled, named)
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from rewardzip_kernels.blocks import (
     to_blocks,
     to_dense,
 )
+from rewardzip_kernels.loading import settled
 
 from .base import CompressedLinear, check_source
 
@@ -137,21 +139,15 @@ class BlockSparseLinear(CompressedLinear):
         where = tensors["block_columns"], tensors["block_starts"]
         check_pattern(*where, self.out_features, self.in_features, self.block)
 
-    def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        # past nn.Module's search, a third of a small call
-        kept = self._buffers
-        return block_sparse_linear(
-            input,
-            kept["block_values"],  # type: ignore[arg-type]
-            kept["block_columns"],  # type: ignore[arg-type]
-            kept["block_starts"],  # type: ignore[arg-type]
-            self.out_features,
-            self.in_features,
-            kept["scale"],
-            kept["fp32_bias"],
-            activation,
-            self.rows == "dynamic",
-        )
+    def numbers(self) -> tuple[Any, ...]:
+        return (*self.blocks, self.out_features, self.in_features, self.scale, self.fp32_bias)
+
+    def compute(self, input: Tensor, activation: str) -> Tensor:
+        return block_sparse_linear(input, *self.numbers(), activation, self.rows == "dynamic")
+
+    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        device, dynamic = self.block_values.device, self.rows == "dynamic"
+        return settled(device, "block_sparse_linear", *self.numbers(), activation, dynamic, shape)
 
     def extra_repr(self) -> str:
         height, width = grid(self.out_features, self.in_features, self.block)

@@ -4,7 +4,7 @@ Blocks of any shape are cut into pieces of 4 inputs x 16 outputs first (``block_
 instruction multiplies. Four groups of 16 outputs share the epilogue of ``sweep.py``.
 """
 
-import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +13,8 @@ from numba import types
 from torch import Tensor
 
 from ..activations import parse
-from ..block_sparse_linear import _check as check
 from ..block_sparse_linear import block_sparse_linear_reference
-from ..checks import FLOATS, dense_rows
+from ..checks import dense_rows
 from . import threads
 from .activations import inlined
 from .block_packing import GROUPS, packed_blocks
@@ -33,6 +32,9 @@ KINDS: dict[tuple[torch.dtype, bool], Any] = {
     (torch.float16, False): Wide,
     (torch.bfloat16, False): Wide,
 }
+
+# values, columns, starts, outputs, inputs, scale, bias
+Numbers = tuple[Tensor, Tensor, Tensor, int, int, Tensor | None, Tensor | None]
 
 
 def group_sums(kind, rows: int):
@@ -108,68 +110,28 @@ def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float, in
     return kernel(key, lambda: build(made, entry.name)), parameter, heights(made)[0]
 
 
-class Plan:
-    """What a call needs that its rows do not change; all its tensors but ``values``, with which it goes, are kept."""
+class Layer:
+    """What the kernel is told of a layer, whatever its rows; ``held`` are the tensors behind the addresses."""
 
-    def __init__(
-        self,
-        values: Tensor,
-        columns: Tensor,
-        starts: Tensor,
-        n: int,
-        k: int,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        activation: str,
-        dynamic: bool,
-        isa: str | None,
-    ) -> None:
+    def __init__(self, numbers: Numbers, activation: str, dynamic: bool, isa: str | None) -> None:
+        values, columns, starts, n, k, scale, bias = numbers
         kind = KINDS[values.dtype, dynamic]
         self.run, parameter, self.tall = prepare(kind, activation, isa)
-        self.layer = packed_blocks((values, columns, starts), n, k)
-        self.columns, self.starts, self.n, self.k, self.scale, self.bias = columns, starts, n, k, scale, bias
-        self.stamp = _stamp(values, columns, starts, scale, bias)
-        # the kernel reads them dense; a copy is never out of date: a change makes another plan
-        self.dense = torch.ones(n) if scale is None else scale.contiguous(), None if bias is None else bias.contiguous()
+        self.packed = packed_blocks((values, columns, starts), n, k)
+        scale = _ones(n) if scale is None else scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
         # whole squares of the tallest tile, and whole cache lines
         row_bytes = (k + 63) // 64 * 64 * kind.item
         self.size = 64 + 2 * self.tall * row_bytes
-        scale_at, bias_at = (0 if t is None else t.data_ptr() for t in self.dense)
-        self.fixed = self.layer.address, scale_at, bias_at, parameter, row_bytes
-        self.row_work, self.parallel_work = self.layer.stored * OUTPUTS * 4, kind.parallel_work
+        at = self.packed.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self.fixed, self.held = (*at, parameter, row_bytes), (self.packed, scale, bias)
+        # rows from which a second thread pays for its waking
+        self.parallel_rows = kind.parallel_work / (self.packed.stored * OUTPUTS * 4 + 1)
 
 
-def _stamp(
-    values: Tensor, columns: Tensor, starts: Tensor, scale: Tensor | None, bias: Tensor | None
-) -> tuple[int, ...]:
-    """Where the numbers are, and how often they were changed: counters only grow, so their sum tells."""
-    changes = values._version + columns._version + starts._version
-    at: tuple[int, ...] = values.data_ptr(), columns.data_ptr(), starts.data_ptr()
-    if scale is not None:
-        changes, at = changes + scale._version, (*at, scale.data_ptr())
-    if bias is not None:
-        changes, at = changes + bias._version, (*at, bias.data_ptr())
-    return changes, *at
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
-def _plan(x: Tensor, *arguments: Any) -> Plan:
-    """Checks everything, then works a plan out, and keeps it where changes of its tensors are counted."""
-    tensors, (activation, dynamic, isa) = arguments[:-3], arguments[-3:]
-    check(x, *arguments[:-1])
-    counted = not any(isinstance(t, Tensor) and t.is_inference() for t in tensors)
-    with torch.inference_mode(False), torch.no_grad():
-        if not counted:
-            tensors = tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors)
-        plan = Plan(*tensors, activation, dynamic, isa)
-    if counted:
-        key = id(tensors[0]), activation, dynamic, isa
-        if key not in _plans:
-            weakref.finalize(tensors[0], _plans.pop, key, None).atexit = False
-        _plans[key] = plan
-    return plan
+@lru_cache(maxsize=256)
+def _ones(n: int) -> Tensor:
+    return torch.ones(n)
 
 
 def block_sparse_linear(
@@ -185,49 +147,68 @@ def block_sparse_linear(
     dynamic: bool = False,
     isa: str | None = None,
 ) -> Tensor:
-    dtype, shape = x.dtype, x.shape
-    plan = _plans.get((id(values), activation, dynamic, isa))
-    if not (
-        plan is not None
-        and plan.columns is columns
-        and plan.starts is starts
-        and plan.scale is scale
-        and plan.bias is bias
-        and plan.n == out_features
-        and plan.k == in_features
-        and dtype in FLOATS
-        and len(shape) > 0
-        and shape[-1] == in_features
-        and plan.stamp == _stamp(values, columns, starts, scale, bias)
-    ):
-        plan = _plan(x, values, columns, starts, out_features, in_features, scale, bias, activation, dynamic, isa)
-    run, n = plan.run, out_features
+    numbers, n = (values, columns, starts, out_features, in_features, scale, bias), out_features
+    layer = Layer(numbers, activation, dynamic, isa)
+    run = layer.run
     if run is None:
-        arguments = values, columns, starts, n, in_features, scale, bias, activation, dynamic
-        return block_sparse_linear_reference(x, *arguments)
-    rows = x if dtype == torch.float32 else x.float()
-    if len(shape) == 2 and rows.stride(1) == 1:
-        y = rows.new_empty((shape[0], n))
-    else:
-        y, rows = rows.new_empty((*shape[:-1], n)), dense_rows(rows)
+        return block_sparse_linear_reference(x, *numbers, activation, dynamic)
+    y, rows = torch.empty(*x.shape[:-1], n, device=x.device, dtype=torch.float32), dense_rows(x.float())
     m, stride = rows.shape[0], rows.stride(0)
-    x_at, y_at, fixed, panels = rows.data_ptr(), y.data_ptr(), plan.fixed, plan.layer.count
-    if m * plan.row_work < plan.parallel_work or (count := torch.get_num_threads()) == 1:
-        run(*fixed, stride, threads.scratch(plan.size), x_at, m, y_at, 0, panels)
-        return y if dtype == torch.float32 else y.to(dtype)
+    x_at, y_at, fixed, panels = rows.data_ptr(), y.data_ptr(), layer.fixed, layer.packed.count
 
     def some_rows(start: int, stop: int) -> None:
         rows_at = x_at + start * stride * 4, stop - start, y_at + start * n * 4
-        run(*fixed, stride, threads.scratch(plan.size), *rows_at, 0, panels)
+        run(*fixed, stride, threads.scratch(layer.size), *rows_at, 0, panels)
 
     def some_panels(start: int, stop: int) -> None:
-        run(*fixed, stride, threads.scratch(plan.size), x_at, m, y_at, start, stop)
+        run(*fixed, stride, threads.scratch(layer.size), x_at, m, y_at, start, stop)
 
-    if m >= count * 2 * plan.tall:
-        threads.run(some_rows, threads.ranges(m, count, plan.tall))
-    else:
-        threads.run(some_panels, plan.layer.panel_ranges(count))
-    return y if dtype == torch.float32 else y.to(dtype)
+    count = 1 if m < layer.parallel_rows else torch.get_num_threads()
+    if count > 1 and m < count * 2 * layer.tall:
+        threads.run(some_panels, layer.packed.panel_ranges(count))
+    elif m:
+        threads.run(some_rows, threads.ranges(m, count, layer.tall))
+    return y.to(x.dtype)
 
 
-block_sparse_linear.checks = True  # type: ignore[attr-defined]
+def settled(
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    dynamic: bool,
+    shape: torch.Size,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The call for inputs of this shape, all else looked up already; None where that is not the work of one thread.
+
+    It gives None for inputs that are not fp32 and contiguous on a CPU, and once the blocks have been written to. The
+    other tensors are read where they lie.
+    """
+    n, m = out_features, shape[:-1].numel()
+    dense = all(t is None or t.is_contiguous() for t in (scale, bias))
+    if values.is_inference() or not dense or shape[-1] != in_features:
+        return None
+    layer = Layer((values, columns, starts, n, in_features, scale, bias), activation, dynamic, None)
+    run = layer.run
+    if run is None or not 0 < m < layer.parallel_rows:
+        return None
+    version, out = values._version + columns._version + starts._version, (*shape[:-1], n)
+    fixed, size, panels, scratch = (*layer.fixed, in_features), layer.size, layer.packed.count, threads.scratch
+
+    def call(x: Tensor, held: Any = layer.held) -> Tensor | None:
+        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return None
+        if values._version + columns._version + starts._version != version:
+            return None
+        y = x.new_empty(*out)
+        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, panels)
+        return y
+
+    return call
+
+
+block_sparse_linear.settled = settled  # type: ignore[attr-defined]
