@@ -32,6 +32,8 @@ DENSE = ("fp32", "AMP bf16", "fp16", "rewardzip int8", "rewardzip int8 x int8")
 
 # multiply-adds of the dense layer; on a CPU, cells beyond it would take minutes
 CPU_WORK = 1e10
+# and those of torch's CSR, whose calls take seconds there
+CSR_WORK = 2e9
 
 Call = Callable[[], Tensor]
 
@@ -71,7 +73,8 @@ def calls_for(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict
     """(what can be timed, what gave a wrong result)."""
     exact = torch.relu(x.double() @ layer.weight.double().t() + layer.bias.double())
     made = {name: call for name, call in providers(layer, x, compile=False).items() if name in DENSE}
-    made["torch CSR"] = csr(layer, x)
+    if x.is_cuda or x.shape[0] * layer.weight.numel() < CSR_WORK:
+        made["torch CSR"] = csr(layer, x)
     made["rewardzip blocks, int8"] = blocks(layer, x, block, "int8", "float")
     made["rewardzip blocks, int8 x int8"] = blocks(layer, x, block, "int8", "dynamic")
     if x.is_cuda:
