@@ -1,11 +1,12 @@
 """The table of one pruned Linear + ReLU layer: its blocks, against dense layers and torch's sparse ones.
 
     python benchmarks/sparse.py [--sizes 256 1024 ...] [--rows 1 32 ...] [--sparsity 0.5 ...] [--threads N]
-                                [--out FOLDER] [--quick]
+                                [--out FOLDER] [--quick] [--models]
 
 Square layers, pruned in blocks of each shape by the blocks' norms. Prints microseconds (median of rivals in turn), the
 ratio to eager fp32 of the dense layer, and where blocks begin to be faster than this package's dense int8; writes one
-JSON object a cell. A provider whose result is wrong gets no time.
+JSON object a cell. A provider whose result is wrong gets no time. --models instead times reward models whose middle
+layer is pruned: the whole MLP in one launch, dense, against three layers of which that one is in blocks.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from linear import TOLERANCE, machine
 from providers import providers
 from torch import Tensor, nn
 
+import rewardzip as rz
+from rewardzip import forms
 from rewardzip.nn import BlockSparseLinear
 from rewardzip.timing import interleaved
 from rewardzip_kernels.blocks import cut
@@ -91,6 +94,43 @@ def calls_for(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict
     return good, wrong
 
 
+def swapped(model: nn.Module, config: rz.Int8, table: tuple[forms.Form, ...]) -> nn.Module:
+    """The model under another route table."""
+    before, forms.FORMS = forms.FORMS, table
+    try:
+        return rz.swap(model, config)
+    finally:
+        forms.FORMS = before
+
+
+def models(options: argparse.Namespace, told: dict[str, str]) -> list[dict[str, object]]:
+    """23-256-256-1, the middle layer pruned."""
+    written = []
+    blocks_alone = forms.Form("blocks", lambda p: p.sparsity > 0.4, lambda p, d, r: "asked", forms.FORMS[0].make)
+    for rows in options.rows:
+        inputs = torch.randn(rows, 17), torch.randn(rows, 6)
+        for sparsity in options.sparsity:
+            model = rz.RewardMLP(17, 6, (256, 256)).eval().requires_grad_(False)
+            model.net[2].weight.copy_(pruned(256, (16, 4), sparsity, "cpu").weight)
+            calls: dict[str, Callable[[], object]] = {"fp32": partial(model, *inputs)}
+            for kind, config in (("int8", rz.Int8()), ("int8 x int8", rz.Int8(activations="dynamic"))):
+                calls[f"one launch, {kind}"] = partial(swapped(model, config, ()), *inputs)
+                calls[f"blocks alone, {kind}"] = partial(swapped(model, config, (blocks_alone,)), *inputs)
+            with torch.no_grad():
+                taken = interleaved(calls, "cpu", options.seconds)
+            print(f"\n23-256-256-1, {rows} rows, {100 * sparsity:g} % of the middle layer in blocks of 16x4")
+            for name, t in taken.items():
+                print(f"  {name:30} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:7.2f}x")
+                cell = {"op": "pruned model", "model": "23-256-256-1", "rows": rows, "sparsity": sparsity}
+                written.append(cell | {"provider": name} | asdict(t) | told)
+    return written
+
+
+def write(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tiny layer, a moment each")
@@ -99,6 +139,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITY)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--seconds", type=float, default=0.6, help="time for each cell")
+    parser.add_argument("--models", action="store_true", help="whole models on a CPU instead")
     parser.add_argument("--out", type=Path, help="folder for sparse-SIZE-N-threads.json")
     options = parser.parse_args()
     if options.quick:
@@ -108,6 +149,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told, written = machine(), []
     print("  ".join(f"{k}: {v}" for k, v in told.items()))
+    if options.models:
+        written = models(options, told)
+        if options.out:
+            write(options.out, f"sparse-models-{options.threads}-threads.json", written)
+        return
     for size in options.sizes:
         for block in BLOCKS[device]:
             for rows in options.rows:
@@ -132,9 +178,7 @@ def main() -> None:
                     wins = sparsity if wins is None and ours and min(ours) < min(rest) else wins
                 print(f"  blocks beat dense int8 from {'nowhere' if wins is None else f'{100 * wins:g} %'}")
     for size in options.sizes if options.out else ():
-        options.out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in written if row["size"] == size)
-        (options.out / f"sparse-{size}-{options.threads}-threads.json").write_text(lines)
+        write(options.out, f"sparse-{size}-{options.threads}-threads.json", [r for r in written if r["size"] == size])
 
 
 if __name__ == "__main__":
