@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,10 @@ class BlockSparseLinear(CompressedLinear):
         layer.block_columns.copy_(found.columns)
         layer.block_starts.copy_(found.starts)
         layer.refresh(linear)
-        bad = layer.block_values.float().isfinite().logical_not().sum() if layer.scale is None else 0
-        bad += 0 if layer.scale is None else layer.scale.isfinite().logical_not().sum()
-        if int(bad):
-            kind = "weights" if layer.scale is None else f"of the {n} outputs' weights"
-            raise ValueError(f"BlockSparseLinear: {int(bad)} {kind} of {linear} are inf or NaN in {values}")
+        numbers, of_what = (layer.block_values, "weights") if layer.scale is None else (layer.scale, "outputs' weights")
+        bad = int((~numbers.isfinite()).sum())
+        if bad:
+            raise ValueError(f"BlockSparseLinear: {bad} {of_what} of {linear} are inf or NaN in {values}")
         return layer.train(linear.training)
 
     @property
@@ -139,7 +138,7 @@ class BlockSparseLinear(CompressedLinear):
         where = tensors["block_columns"], tensors["block_starts"]
         check_pattern(*where, self.out_features, self.in_features, self.block)
 
-    def numbers(self) -> tuple[Any, ...]:
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor, int, int, Tensor | None, Tensor | None]:
         return (*self.blocks, self.out_features, self.in_features, self.scale, self.fp32_bias)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
