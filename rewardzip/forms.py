@@ -39,7 +39,7 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
     empty = 1 - pattern.filled[BLOCK]
     # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
     small = max(pattern.shape) <= MAX_WIDTH
-    least = IN_CHAIN if small else ALONE
+    least = IN_CHAIN if small else ALONE[rows]
     if empty < least or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
         return None
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
@@ -47,7 +47,8 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
 
 # the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, and from what
 # size there
-ALONE, IN_CHAIN, SMALLEST = 0.5, 0.9, MAX_WIDTH * MAX_WIDTH
+ALONE: dict[Rows, float] = {"dynamic": 0.5, "float": 0.75}
+IN_CHAIN, SMALLEST = 0.9, MAX_WIDTH * MAX_WIDTH
 
 FORMS = (
     Form(

@@ -68,8 +68,8 @@ def test_shares_of_blocks_are_counted():
     assert found.block == (32, 32)
 
 
-def form_of(weight, device="cpu"):
-    form, why = forms.choose(find_pattern(weight), device, "float")
+def form_of(weight, device="cpu", rows="float"):
+    form, why = forms.choose(find_pattern(weight), device, rows)
     return None if form is None else form.name, why
 
 
@@ -77,7 +77,10 @@ def test_the_route():
     wide = masked(blocks(512, 512, (16, 4), 0.25))
     assert form_of(wide)[0] == "blocks"
     assert form_of(masked(blocks(512, 512, (64, 64), 0.25)))[0] == "blocks"
-    assert form_of(masked(blocks(512, 512, (16, 4), 0.75)))[0] is None
+    half = masked(blocks(512, 512, (16, 4), 0.5))
+    assert form_of(half)[0] is None
+    assert form_of(half, rows="dynamic")[0] == "blocks"
+    assert form_of(masked(blocks(512, 512, (16, 4), 0.75)), rows="dynamic")[0] is None
     assert form_of(masked((torch.rand(512, 512) < 0.1).float()))[0] is None
     assert form_of(masked(blocks(64, 64, (16, 4), 0.02)))[0] is None
     assert form_of(masked(blocks(256, 256, (16, 4), 0.05)))[0] == "blocks"
