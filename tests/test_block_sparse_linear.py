@@ -39,10 +39,11 @@ IMPLEMENTATIONS = {
     "reference": block_sparse_linear_reference,
     "op": block_sparse_linear,
     "triton": triton_block_sparse_linear,
-    **{
-        f"cpu {isa}": (lambda *args, isa=isa: cpu_block_sparse_linear(*args, isa=isa))
-        for isa in (() if GPU else available())
-    },
+}
+# the op takes the best instruction set; here are the others
+EVERY = IMPLEMENTATIONS | {
+    f"cpu {isa}": (lambda *args, isa=isa: cpu_block_sparse_linear(*args, isa=isa))
+    for isa in (() if GPU else available()[1:])
 }
 # Triton's interpreter cannot multiply bfloat16
 STORED = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
@@ -54,6 +55,11 @@ def run(request):
     return IMPLEMENTATIONS[request.param]
 
 
+@pytest.fixture(params=EVERY)
+def every(request):
+    return EVERY[request.param]
+
+
 def rounding(x, values):
     """What the products' type costs: tf32 where a GPU multiplies fp32."""
     wide = x.dtype == torch.float32 or values.dtype not in (torch.int8, x.dtype)
@@ -61,21 +67,21 @@ def rounding(x, values):
 
 
 @pytest.mark.parametrize(("m", "n", "k", "block", "share", "why"), CASES, ids=IDS)
-def test_every_corner(run, m, n, k, block, share, why, device, poisoned):
+def test_every_corner(every, m, n, k, block, share, why, device, poisoned):
     blocks, scale, bias = random_blocks(n, k, block, share, device)
     for dtype in (torch.float32, torch.float16):
         x = torch.randn(m, k, device=device).to(dtype)
-        for activation, b, dynamic in (("relu", bias, False), ("none", None, True), ("elu", bias, True)):
-            y = run(x, *blocks, n, k, scale, b, activation, dynamic)
+        for activation, b, dynamic in (("relu", bias, False), ("none", None, True), ("none", bias, True)):
+            y = every(x, *blocks, n, k, scale, b, activation, dynamic)
             assert_blocks(y, x, blocks, n, k, scale, b, activation, dynamic, rounding(x, blocks.values))
         for stored in STORED:
             half = half_blocks(blocks, stored)
-            y = run(x, *half, n, k, None, bias, "relu", False)
+            y = every(x, *half, n, k, None, bias, "relu", False)
             assert_blocks(y, x, half, n, k, None, bias, "relu", False, rounding(x, half.values))
 
 
 @pytest.mark.parametrize(("m", "n", "k", "block", "share", "why"), CASES, ids=IDS)
-def test_integer_sums_are_exact(run, m, n, k, block, share, why, device, poisoned):
+def test_integer_sums_are_exact(every, m, n, k, block, share, why, device, poisoned):
     """The largest integers of either sign: a saturating or short accumulator shows."""
     ones = torch.ones(n, device=device)
     blocks, _, _ = random_blocks(n, k, block, share, device)
@@ -83,7 +89,7 @@ def test_integer_sums_are_exact(run, m, n, k, block, share, why, device, poisone
         full = Blocks(torch.full_like(blocks.values, -127), blocks.columns, blocks.starts)
         x = torch.full((m, k), sign * 127.0, device=device)
         exact = (x.double() @ to_dense(full, n, k).double().t()).float()
-        assert torch.equal(run(x, *full, n, k, ones, None, "none", True), exact)
+        assert torch.equal(every(x, *full, n, k, ones, None, "none", True), exact)
 
 
 @pytest.mark.parametrize("activation", [*activations.ACTIVATIONS, "leaky_relu:0.3"])
@@ -96,7 +102,7 @@ def test_activations(activation, m, device, poisoned):
         assert_blocks(y, x, blocks, 33, 48, scale, bias, activation, False, rounding(x, blocks.values))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 90),
