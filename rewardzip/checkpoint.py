@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from .constraints import settle_masked
 from .fuse import is_plain, original_class
 from .models import MLP, RewardMLP
-from .nn import CompressedLinear, GridLinear, Int8Linear, SharedLinear, Sparse24Linear, SparseRowsLinear
+from .nn import (
+    BlockSparseLinear,
+    CompressedLinear,
+    GridLinear,
+    Int8Linear,
+    SharedLinear,
+    Sparse24Linear,
+    SparseRowsLinear,
+)
 from .nn.base import is_conv1d
 from .packing import pack, packed_bytes, unpack
 from .refusals import refuse_what_fails
@@ -45,6 +53,10 @@ LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
     "SharedLinear": (SharedLinear, ("in_features", "out_features", "bias", "entries", "dtype")),
     "Sparse24Linear": (Sparse24Linear, ("in_features", "out_features", "bias", "values", "rows", "dtype")),
     "SparseRowsLinear": (SparseRowsLinear, ("in_features", "out_features", "nonzeros", "bias", "values", "dtype")),
+    "BlockSparseLinear": (
+        BlockSparseLinear,
+        ("in_features", "out_features", "stored", "bias", "block", "values", "rows", "dtype"),
+    ),
 }
 MODULES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     kind.__name__: (kind, fields)
@@ -75,7 +87,7 @@ def _is_number(value: Any) -> bool:
 
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("in_features", "out_features", "nonzeros", "state_dim", "action_dim"), _is_size),
+    **dict.fromkeys(("in_features", "out_features", "nonzeros", "stored", "state_dim", "action_dim"), _is_size),
     **dict.fromkeys(("bits", "entries", "group"), lambda v: _is_size(v) and v > 0),
     "outputs": lambda v: v is None or _is_size(v),
     **dict.fromkeys(("hidden", "inputs", "normalized_shape"), lambda v: isinstance(v, list) and all(map(_is_size, v))),
@@ -83,6 +95,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("bias", "elementwise_affine"), lambda v: type(v) is bool),
     **dict.fromkeys(("eps", "p", "negative_slope", "alpha", "beta", "threshold"), _is_number),
     "approximate": lambda v: v in ("none", "tanh"),
+    "block": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_size, v)),
     "rows": lambda v: v in ("float", "dynamic", "static"),
     "values": lambda v: v in ("int8", "float32", "float16", "bfloat16"),
     "dtype": lambda v: v in ("float32", "float16", "bfloat16", "float64"),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from .constraints import settle_masked
+from .forms import Rows, choose
 from .fuse import FusedForward
 from .int8 import Int8
 from .nn import CompressedLinear, Int8Linear
 from .nn.base import is_conv1d
+from .patterns import SOME, find_pattern
 from .swap import reason_to_leave
 
 
@@ -22,15 +24,21 @@ class Layer:
     why: str
     bytes_before: int
     bytes_after: int
+    sparsity: float = 0.0
+    """The share of the weights that are zero."""
+    pattern: str = "dense"
+    bytes_theory: int = 0
+    """What the weights take by the formula of the layer's form, without scales and biases."""
 
 
 class Explanation(list[Layer]):
     """One entry a linear layer; prints as a table."""
 
     def __str__(self) -> str:
-        lines = [("layer", "op", "activation", "bytes before", "after", "why")]
+        lines = [("layer", "op", "activation", "zeros", "pattern", "bytes before", "after", "weights by theory", "why")]
         for e in self:
-            lines.append((e.name, e.op, e.activation, str(e.bytes_before), str(e.bytes_after), e.why))
+            sizes = (str(e.bytes_before), str(e.bytes_after), str(e.bytes_theory))
+            lines.append((e.name, e.op, e.activation, f"{100 * e.sparsity:.0f} %", e.pattern, *sizes, e.why))
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -58,14 +66,21 @@ def explain(model: nn.Module) -> Explanation:
             dense = (m.in_features + (m.fp32_bias is not None)) * m.out_features * m.dtype.itemsize
             apart = "its activation in the same launch" if name in fused else "no activation behind it was found"
             op = ops.get(name, type(m).__name__)
-            how = launches.get(name, apart) if isinstance(m, Int8Linear) else ""
+            how = launches.get(name, apart) if isinstance(m, Int8Linear) or not m.remark else ""
             why = "; ".join(filter(None, (how, m.remark)))
-            found.append(Layer(name, op, activation, why, dense, after))
+            pattern = find_pattern(m.weight)
+            if pattern.sparsity >= SOME:
+                rows: Rows = "dynamic" if getattr(m, "rows", "") == "dynamic" else "float"
+                why = "; ".join(filter(None, (why, choose(pattern, m.weight.device.type, rows)[1])))
+            theory = m.weight_bytes()
+            found.append(Layer(name, op, activation, why, dense, after, pattern.sparsity, str(pattern), theory))
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)
             why = (reason_to_leave([name], m, Int8()) if plain else "a subclass of nn.Linear") or "not chosen"
             op = ops.get(name, type(m).__name__)
             why = f"{launches[name]}; {why}" if name in launches else why
-            found.append(Layer(name, op, activation, why, size, size))
+            pattern = find_pattern(m.weight.t() if is_conv1d(m) else m.weight)
+            theory = m.weight.numel() * m.weight.element_size()
+            found.append(Layer(name, op, activation, why, size, size, pattern.sparsity, str(pattern), theory))
     return found

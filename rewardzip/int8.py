@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .forms import sparse_form
+from .nn.base import CompressedLinear
 from .nn.int8_linear import Int8Linear
 
 HALF_MAX = torch.finfo(torch.float16).max
@@ -48,7 +50,12 @@ class Int8:
         """Whether a layer can only be made knowing the largest input it sees."""
         return self.activations == "static" or self.compute_dtype == "float16"
 
-    def make(self, linear: nn.Linear, name: str, x_amax: float | None) -> Int8Linear:
+    def make(self, linear: nn.Linear, name: str, x_amax: float | None) -> CompressedLinear:
+        """Dense int8, or the form of ``forms.py`` that skips the weight's zeros where that is faster."""
+        if self.compute_dtype is None and self.activations != "static":
+            sparse = sparse_form(linear, self.activations or "float")
+            if sparse is not None:
+                return sparse
         half = self.compute_dtype == "float16"
         if half and x_amax is not None and not x_amax <= HALF_MAX:
             raise ValueError(

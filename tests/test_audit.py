@@ -81,3 +81,15 @@ def test_fused_ops_use_them_too(rows):
         large = int(row["tile"].split()[0]) >= 64 and (hidden or int(row["tile"].split()[1]) >= 64)
         wide = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(row["target"]) if large else None
         assert (wide or ("mfma" if row["target"] == "gfx942" else "mma.sync")) in row["instructions"], row
+
+
+def test_blocks_use_them_too(rows):
+    """64 x 64 blocks keep wgmma and tcgen05; small ones are gathered into mma.sync."""
+    found = [row for row in rows if row["kernel"] == "_block_sparse_linear_kernel"]
+    assert len(found) > 10
+    wide = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+    for row in found:
+        assert row["instructions"] != "-", row
+        # Triton has no int8 form of tcgen05
+        if " 64x64 " in row["case"] and not (row["target"] == "sm_100" and row["case"].endswith("int8")):
+            assert wide[row["target"]] in row["instructions"], row

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_numerics import assert_blocks, random_blocks
 from conftest import GPU, need_triton
 from mlp_numerics import assert_head, assert_mlp, random_head, random_mlp
 from numerics import assert_dynamic, assert_linear, quantized
@@ -90,6 +91,22 @@ SPARSE_ROWS_BUGS = {
     "rows: bias forgotten": ("finish(tl.sum(acc, axis=1), scale, bias_ptr,", "finish(tl.sum(acc, axis=1), scale, None,"),
 }  # fmt: skip
 
+BLOCKS = "block_sparse_linear"
+BLOCK_BUGS = {
+    "blocks: the last block forgotten": ("range(stored * STEPS)", "range((stored - 1) * STEPS)"),
+    "blocks: the neighbour's inputs": ("k = tl.load(columns_ptr + block) * BK + within\n            w", "k = tl.load(columns_ptr + block) * BK + (within ^ 1)\n            w"),
+    "blocks: every column the first": ("tl.load(columns_ptr + block) * BK + within\n            w", "tl.load(columns_ptr + first) * BK + within\n            w"),
+    "blocks: the tail of small blocks dropped": ("inside = e < stored * BK", "inside = e < stored * BK // BLOCK_K * BLOCK_K"),
+    "blocks: an empty block row not written": ("n_inside = (inner < BN) & (n < N)", "n_inside = (inner < BN) & (n < N) & (tl.load(starts_ptr + r + 1) > tl.load(starts_ptr + r))"),
+    "blocks: neighbour's scale": ("tl.load(scale_ptr + n, mask=n_inside, other=0.0)[:, None]", "tl.load(scale_ptr + (n ^ 1), mask=n_inside, other=0.0)[:, None]"),
+    "blocks: the row's scale forgotten": ("row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]", "row_scale = tl.full([1, BLOCK_M], 0.02, tl.float32)"),
+    "blocks: last output not stored": ("(inner < BN) & (n < N)", "(inner < BN) & (n < N - 1)"),
+    "blocks: a tall block's first part in all": ("(tl.program_id(0) // m_tiles) % PARTS * BLOCK_N", "0 * BLOCK_N"),
+    "blocks: fp16 accumulator": ("input_precision=\"tf32\", out_dtype=acc.dtype)\n    else", "input_precision=\"tf32\", out_dtype=acc.dtype).to(tl.float16).to(acc.dtype)\n    else"),
+    "blocks: one-row kernel, activation lost": ("finish(tl.sum(acc, axis=1), scale, bias_ptr, row_scale, n, n_inside, ACTIVATION", 'finish(tl.sum(acc, axis=1), scale, bias_ptr, row_scale, n, n_inside, "none"'),
+    "blocks: one-row kernel, a neighbour's row": ("m = (tl.program_id(0) % M).to(tl.int64)", "m = (tl.program_id(0) % M).to(tl.int64) * 0"),
+}  # fmt: skip
+
 
 # an op whose kernel is in several files, each importing from those before it
 PARTS = {MLP: ("mlp_tiles", "mlp_layers", "fused_mlp")}
@@ -166,6 +183,22 @@ def check_sparse_rows(module, device):
     assert_linear(module.sparse_rows_linear(x, *stored, scale, 300, bias, "relu"), x, q, scale, bias, "relu")
 
 
+def check_blocks(module, device):
+    for m, n, k, block, share in (
+        (20, 130, 256, (64, 64), 0.6),
+        (20, 70, 90, (16, 4), 0.4),
+        (3, 70, 90, (128, 4), 1.0),
+    ):
+        blocks, scale, bias = random_blocks(n, k, block, share, device)
+        x = torch.randn(m, k, device=device)
+        for dynamic in (False, True):
+            y = module.block_sparse_linear(x, *blocks, n, k, scale, bias, "relu", dynamic)
+            assert_blocks(y, x, blocks, n, k, scale, bias, "relu", dynamic, "tf32" if GPU else None)
+    blocks, scale, bias = random_blocks(130, 90, (130, 8), 1.0, device)
+    y = module.block_sparse_linear(x := torch.randn(20, 90, device=device), *blocks, 130, 90, scale, bias)
+    assert_blocks(y, x, blocks, 130, 90, scale, bias, "none", False, "tf32" if GPU else None)
+
+
 CHECKS = {
     GEMM: check_gemm,
     ROWS: check_rows,
@@ -173,6 +206,7 @@ CHECKS = {
     HEAD: check_head,
     SPARSE24: check_sparse24,
     SPARSE_ROWS: check_sparse_rows,
+    BLOCKS: check_blocks,
 }
 ALL = {
     GEMM: GEMM_BUGS,
@@ -181,6 +215,7 @@ ALL = {
     HEAD: HEAD_BUGS,
     SPARSE24: SPARSE24_BUGS,
     SPARSE_ROWS: SPARSE_ROWS_BUGS,
+    BLOCKS: BLOCK_BUGS,
 }
 BUGS = [(stem, name, *bug) for stem, bugs in ALL.items() for name, bug in bugs.items()]
 

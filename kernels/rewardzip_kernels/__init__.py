@@ -3,6 +3,7 @@
 Importing registers ``torch.ops.rewardzip``; it compiles nothing and looks for no GPU.
 """
 
+from .block_sparse_linear import block_sparse_linear as block_sparse_linear
 from .fused_mlp import fused_mlp as fused_mlp
 from .int8_dynamic_linear import int8_dynamic_linear as int8_dynamic_linear
 from .int8_linear import int8_linear as int8_linear

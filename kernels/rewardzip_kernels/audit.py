@@ -116,6 +116,20 @@ def _sparse_rows(m: int, k: int, dtype: torch.dtype, stored: torch.dtype) -> Non
     sparse_rows_linear(x, values, columns, starts, scale if stored == torch.int8 else None, k, scale, "relu")
 
 
+def _blocks(m: int, block: tuple[int, int], k: int, dtype: torch.dtype, stored: torch.dtype, dynamic: bool) -> None:
+    from .blocks import grid
+    from .gpu.block_sparse_linear import block_sparse_linear
+
+    rows, columns = grid(4096, k, block)
+    x = torch.empty(m, k, dtype=dtype, device="meta")
+    values = torch.empty(rows * columns // 10, *block, dtype=stored, device="meta")
+    where = torch.empty(len(values), dtype=torch.int32, device="meta")
+    starts = torch.empty(rows + 1, dtype=torch.int32, device="meta")
+    scale = torch.empty(4096, device="meta")
+    arguments = scale if stored == torch.int8 else None, scale, "relu", dynamic
+    block_sparse_linear(x, values, where, starts, 4096, k, *arguments)
+
+
 # (layers, further arguments of ``_mlp``), and why
 MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("32: 64 relu, 64 relu, 1", {}),  # weights on chip, 4 warps
@@ -192,6 +206,16 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         name = f"sparse_rows_linear {m}x4096x{k} of {stored} {dtype}".replace("torch.", "")
         yield name, partial(_sparse_rows, m, k, dtype, stored)
+    for block, k, sizes in (((64, 64), 4096, (1, 16, 4096)), ((16, 4), 4096, (1, 16, 4096)), ((24, 5), 4001, (4096,))):
+        for m in sizes:
+            for stored, dtype, dynamic in (
+                (torch.int8, torch.float32, False),
+                (torch.int8, torch.float32, True),
+                (torch.bfloat16, torch.bfloat16, False),
+            ):
+                rows = "int8" if dynamic else dtype
+                name = f"block_sparse_linear {m}x4096x{k} {block[0]}x{block[1]} of {stored} {rows}"
+                yield name.replace("torch.", ""), partial(_blocks, m, block, k, dtype, stored, dynamic)
     for layers, options in MLPS:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
         for m in (16, 8192, 1 << 20):

@@ -17,6 +17,7 @@ OPS = (
     "int8_dynamic_linear",
     "fused_mlp",
     "reward_head",
+    "block_sparse_linear",
     "sparse24_linear",
     "sparse_rows_linear",
 )

@@ -29,13 +29,16 @@ def quantize(zero_point):
         if static_address:
             step = load(f32(static_address), 0)
             inverse = float32(1) / step
-        else:
-            amax = max(from_bits(largest), SMALLEST)
-            step, inverse = amax / LIMIT, LIMIT / amax
+            for i in range(k):
+                value = min(max(load(x, i) * inverse, -LIMIT), LIMIT)
+                store(q, i, uint8(int32(rint(value)) + int32(zero_point)))
+            return step
+        # nothing to clamp: rounded twice, the largest is 127 (1 + 2^-23) at most
+        amax = max(from_bits(largest), SMALLEST)
+        inverse = LIMIT / amax
         for i in range(k):
-            value = min(max(load(x, i) * inverse, -LIMIT), LIMIT)
-            store(q, i, uint8(int32(rint(value)) + int32(zero_point)))
-        return step
+            store(q, i, uint8(int32(rint(load(x, i) * inverse)) + int32(zero_point)))
+        return amax / LIMIT
 
     return fill
 

@@ -1,0 +1,89 @@
+"""Which form a layer is packed into: the route table.
+
+A form *fits* a pattern where it holds every weight that is not zero, and *wins* where it was measured to be faster than
+dense int8 on such a device. The first entry that does both is taken, otherwise dense int8. What is measured is in
+``benchmarks/results``; where nothing was, nothing is promised, and the layer stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from rewardzip_kernels.mlp_layout import MAX_WIDTH
+
+from .nn.base import CompressedLinear, check_source
+from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
+from .nn.sparse24_linear import Sparse24Linear
+from .nn.sparse_rows_linear import SparseRowsLinear
+from .patterns import Pattern, find_pattern
+
+Rows = Literal["float", "dynamic"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """fits(pattern); wins(pattern, device, rows): why, or None; make(linear, rows)."""
+
+    name: str
+    fits: Callable[[Pattern], bool]
+    wins: Callable[[Pattern, str, Rows], str | None]
+    make: Callable[[nn.Linear, Rows], CompressedLinear]
+
+
+def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
+    """``benchmarks/results/amd-epyc-zen5/sparse-1-threads.json``; no GPU was measured."""
+    if device != "cpu":
+        return None
+    empty = 1 - pattern.filled[BLOCK]
+    # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
+    small = max(pattern.shape) <= MAX_WIDTH
+    least = IN_CHAIN if small else ALONE[rows]
+    if empty < least or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
+        return None
+    return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
+
+
+# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, and from what
+# size there
+ALONE: dict[Rows, float] = {"dynamic": 0.5, "float": 0.75}
+IN_CHAIN, SMALLEST = 0.9, MAX_WIDTH * MAX_WIDTH
+
+FORMS = (
+    Form(
+        "blocks",
+        lambda pattern: BLOCK in pattern.filled,
+        _blocks_win,
+        lambda linear, rows: BlockSparseLinear.from_linear(linear, BLOCK, "int8", rows),
+    ),
+    Form(
+        "2:4",
+        lambda pattern: pattern.most.get(4, 4) <= 2,
+        lambda pattern, device, rows: Sparse24Linear.wins(pattern.shape, pattern.sparsity, device, rows),
+        lambda linear, rows: Sparse24Linear.from_linear(linear, "int8", rows),
+    ),
+    Form(
+        "rows",
+        lambda pattern: True,
+        lambda pattern, device, rows: SparseRowsLinear.wins(pattern.shape, pattern.sparsity, device, rows),
+        lambda linear, rows: SparseRowsLinear.from_linear(linear, "int8"),
+    ),
+)
+
+
+def choose(pattern: Pattern, device: str, rows: Rows) -> tuple[Form | None, str]:
+    """(the form, why); None is dense int8."""
+    for form in FORMS:
+        if form.fits(pattern) and (why := form.wins(pattern, device, rows)):
+            return form, why
+    return None, f"{pattern}: no sparse form was measured to be faster on this {device}"
+
+
+def sparse_form(linear: nn.Linear, rows: Rows) -> CompressedLinear | None:
+    """The layer in the sparse form that is fastest for its zeros, None where that is dense int8."""
+    weight, _ = check_source("swap", linear)
+    form, _ = choose(find_pattern(weight), weight.device.type, rows)
+    return None if form is None else form.make(linear, rows)
