@@ -91,7 +91,7 @@ def emit(builder, kind, rows, x, w, at, first, last, start, sums):
                 for part, weight in enumerate(weights):
                     for r, row in enumerate(x_rows):
                         c = r * chains + u * kind.parts + part
-                        acc[c] = kind.dot(builder, acc[c], kind.inputs(builder, row, offset, part), weight)
+                        acc[c] = kind.dot(builder, acc[c], kind.inputs_of(builder, row, offset, part), weight)
             return acc
 
         return body
