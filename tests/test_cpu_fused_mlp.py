@@ -338,12 +338,34 @@ def test_integer_inputs():
     torch.testing.assert_close(module.fused_mlp(xs, *args), fused_mlp_reference(xs, *args))
 
 
-def test_sixteen_bit_weights_run_the_reference():
-    layers = "4: 20 relu, 2"
-    weights, params = random_mlp(layers, torch.float16, 1, "cpu")
-    xs = inputs_of(5, layers)
-    y = cpu(xs, weights, params, layers, compute=None)
-    assert torch.equal(y, fused_mlp_reference(xs, weights, params, layers))
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compute", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "layers"),
+    [
+        (1, "24: 64 relu, 64 relu, 1"),
+        (53, "17+6: 3 layer_norm silu, 130 silu, 9"),
+        (100, "5: 4"),
+    ],
+    ids=["one row", "several inputs, LayerNorm, odd widths", "a single layer"],
+)
+def test_sixteen_bit_weights(m, layers, compute, stored, poisoned):
+    weights, params = random_mlp(layers, stored, 1, "cpu")
+    xs = inputs_of(m, layers)
+    y = cpu(xs, weights, params, layers, compute=compute)
+    assert_mlp(y, xs, weights, params, layers, None, "none", compute or stored)
+    assert torch.equal(cpu([x[:1] for x in xs], weights, params, layers, compute=compute), y[:1]), "batch invariance"
+    weights.mul_(2)
+    y = cpu(xs, weights, params, layers, compute=compute)
+    assert_mlp(y, xs, weights, params, layers, None, "none", compute or stored)
+
+
+def test_sixteen_bit_weights_on_every_instruction_set(isa, poisoned):
+    layers = "23: 70 relu, 64 relu, 3"
+    weights, params = random_mlp(layers, torch.bfloat16, 1, "cpu")
+    xs = inputs_of(29, layers)
+    y = cpu(xs, weights, params, layers, compute=torch.float32, isa=isa)
+    assert_mlp(y, xs, weights, params, layers, None, "none", torch.float32)
 
 
 def test_a_right_call_does_not_hide_a_wrong_one():

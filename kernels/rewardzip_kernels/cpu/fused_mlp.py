@@ -1,4 +1,4 @@
-"""fused_mlp on a CPU: ``mlp_engine.py`` for int8 weights; the reference for 16-bit ones.
+"""fused_mlp on a CPU, by ``mlp_engine.py``: weights in int8, or in 16 bits, which are kept as fp32.
 
 What does not depend on this call's addresses is kept per weights tensor: the packed weights, the table that the kernel
 reads, the kernel, the shapes already checked. ``params`` is read where it lies; a change of ``weights`` packs anew,
@@ -22,14 +22,15 @@ from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
 from .mlp_engine import HIDDEN, LAST, build
-from .packing import Packed
-from .tile import PANEL, BFloat16, Float, Float16, Int8
+from .packing import Packed, PackedFloats
+from .tile import PANEL, BFloat16, Float, Float16, Int8, Whole, WholeBFloat16, WholeFloat16
 
-KINDS: dict[torch.dtype, Any] = {
-    torch.int8: Int8,
-    torch.float32: Float,
-    torch.float16: Float16,
-    torch.bfloat16: BFloat16,
+# by what products are made of: for int8 weights, for those in floats
+KINDS: dict[torch.dtype, tuple[Any, Any]] = {
+    torch.int8: (Int8, None),
+    torch.float32: (Float, Whole),
+    torch.float16: (Float16, WholeFloat16),
+    torch.bfloat16: (BFloat16, WholeBFloat16),
 }
 SHAPES_KEPT = 256
 FLOAT = torch.float32
@@ -75,7 +76,8 @@ class Network:
     ) -> None:
         net = flat.layers
         # a single layer is fp32 whatever the type of the products
-        self.kind = KINDS[compute] if len(net) > 1 else Float
+        stored = networks[0][0].weight.dtype
+        self.kind = KINDS[compute][stored != torch.int8] if len(net) > 1 else Float
         names = hidden_activations(net)
         self.run = prepare(self.kind, names, net[-1].activation, any(layer.eps is not None for layer in net), isa)
         self.pieces, self.outputs = net[0].pieces, net[-1].width
@@ -90,7 +92,13 @@ class Network:
         columns = sum(map(spread, self.pieces))
         widest = -(-max(columns, *(layer.width for layer in net)) // PANEL) * PANEL
         self.ones = torch.ones(widest)
-        self.packed = [[Packed(t.weight, lambda _: None) for t in member[:-1]] for member in networks]
+        self.packed = [
+            [
+                Packed(t.weight, lambda _: None) if stored == torch.int8 else PackedFloats(t.weight.to(compute))
+                for t in member[:-1]
+            ]
+            for member in networks
+        ]
         fields = len(LAST) + len(HIDDEN) * (len(net) - 1)
         table = [
             *(len(net) - 1, self.outputs, widest, len(self.pieces), columns, len(networks)),
@@ -103,7 +111,8 @@ class Network:
         for packed_member, member in zip(self.packed, networks, strict=True):
             table += self._at(member[-1].weight), self._at(member[-1].bias), _bits(net[-1].parameter)
             for layer, weight, t in zip(net, packed_member, member, strict=False):
-                table += weight.address, self._at(t.scale), self._at(t.bias), names.index(layer.activation)
+                scale = self._at(t.scale) or self.ones.data_ptr()
+                table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
                 table += _bits(layer.parameter), self._at(t.gamma), self._at(t.beta), _bits(layer.eps or 0.0)
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()
@@ -183,7 +192,7 @@ class Plan(Network):
         gone: Callable[[Any], None],
     ):
         networks = unpack(weights, params, layers, members or 1, padding=True)
-        super().__init__(networks, layout(layers, True), members, reduce, compute, isa)
+        super().__init__(networks, layout(layers, weights.dtype == torch.int8), members, reduce, compute, isa)
         # views of params: they would keep it alive
         self.live = []
         self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
@@ -213,7 +222,8 @@ def _plan(
             del _plans[key]
 
     with torch.no_grad():
-        _plans[key] = new = Plan(weights, params, layers, members, reduce, compute or torch.float16, isa, gone)
+        made_of = compute or (torch.float16 if weights.dtype == torch.int8 else weights.dtype)
+        _plans[key] = new = Plan(weights, params, layers, members, reduce, made_of, isa, gone)
     return new
 
 
@@ -265,8 +275,6 @@ def _unseen(
 ) -> Tensor:
     """A call that needs its checks, a plan, or its inputs made fp32."""
     _check(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
-    if weights.dtype != torch.int8:
-        return fused_mlp_reference(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
     if input_scales is not None or any(x.dtype != FLOAT for x in inputs):
         compute = compute_type(inputs, weights, compute_dtype)
         y = fused_mlp(numbers(inputs, input_scales), weights, params, layers, members, reduce, compute, None, isa)

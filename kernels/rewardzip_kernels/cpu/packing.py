@@ -47,6 +47,19 @@ class Packed:
         return self.version == weight._version
 
 
+class PackedFloats:
+    """The same of weights in floats, as fp32: [N/64][K/4][4][64]."""
+
+    def __init__(self, weight: Tensor):
+        n, k = weight.shape
+        padded = torch.nn.functional.pad(weight.float(), (0, -k % 4, 0, -n % PANEL))
+        self.panels = padded.view(-1, PANEL, padded.shape[1] // 4, 4).permute(0, 2, 3, 1).contiguous()
+        self.zeros = torch.zeros(len(padded))
+        header = [self.panels.data_ptr(), self.zeros.data_ptr(), self.zeros.data_ptr(), n, k]
+        self.header = torch.tensor(header, dtype=torch.int64)
+        self.address = self.header.data_ptr()
+
+
 def packed(weight: Tensor) -> Packed:
     key = id(weight)
     kept = _kept.get(key)

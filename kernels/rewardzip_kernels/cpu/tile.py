@@ -103,6 +103,39 @@ class BFloat16(Float):
     rows_dtype = "bfloat16"
 
 
+class Whole(Float):
+    """fp32 rows times weights that are floats themselves, kept as fp32: four vectors of them a step."""
+
+    step_bytes = 4 * 4 * PANEL
+
+    def __init__(self, isa: InstructionSet):
+        self.isa, self.rows = isa, isa.rows
+
+    def step(self, builder, acc, x_rows, x_at, w, outputs):
+        vector = ir.VectorType(F32, self.isa.lanes)
+        for part in range(4):
+            at = [builder.mul(builder.add(output, I64(part * PANEL)), I64(4)) for output in outputs]
+            weights = [read(builder, w, place, vector) for place in at]
+            inputs = [self.inputs_of(builder, row, x_at, part) for row in x_rows]
+            acc = [
+                [self.dot(builder, a, x_r, weight) for a, weight in zip(sums_r, weights, strict=True)]
+                for sums_r, x_r in zip(acc, inputs, strict=True)
+            ]
+        return acc
+
+
+class WholeFloat16(Whole):
+    """Rows rounded to fp16 first."""
+
+    rows_dtype = "float16"
+
+
+class WholeBFloat16(Whole):
+    """Rows rounded to bf16 first."""
+
+    rows_dtype = "bfloat16"
+
+
 def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):
     """The tile's instructions; every pointer is an i8*, every other argument an i64."""
     isa = kind.isa
