@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .checkpoint import load
@@ -137,6 +135,9 @@ def _room(plan: Plan, folder: Path) -> Iterator[None]:
 @contextmanager
 def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A function that is told of rows as they are written: a bar with rate and time left, or a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     began = said = time.perf_counter()
     rows = 0

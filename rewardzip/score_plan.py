@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Columns = Sequence[str | Sequence[str]]
 
@@ -78,6 +76,8 @@ def make_plan(
     chosen: tuple[tuple[tuple[str, int], ...], ...] = ()
     parts: list[tuple[str, list[int], int, int]] = []
     footers, fields = {}, {}
+    from rich.progress import track
+
     for file in track(files, "reading footers", transient=True, disable=not progress or len(files) < 100):
         name = file.relative_to(root).as_posix()
         footers[name] = _footer_hash(file)

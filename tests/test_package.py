@@ -127,3 +127,22 @@ def test_wheel_runs_in_an_environment_of_its_own(built, tmp_path):
     assert package.startswith(str(site))
     assert kernels.startswith(str(site))
     assert version in wheel.name
+
+
+@pytest.mark.parametrize("first", ["", "import rewardzip.score, rewardzip.search, rewardzip.prune\n"])
+def test_what_is_loaded_later_is_there(first):
+    code = first + (
+        "import rewardzip as rz, types\n"
+        "names = ['Distil', 'FineTune', 'Gate', 'LowRank', 'Prune', 'Quantize', 'Share', 'compress', 'evaluate',\n"
+        "         'export', 'prune', 'score', 'search']\n"
+        "for name in names:\n"
+        "    assert name in dir(rz), name\n"
+        "    assert callable(getattr(rz, name)) and not isinstance(getattr(rz, name), types.ModuleType), name\n"
+        "from rewardzip import score, Prune\n"
+        "assert score is rz.score\n"
+        "try:\n"
+        "    rz.scores\n"
+        "except AttributeError as error:\n"
+        "    assert 'scores' in str(error)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
