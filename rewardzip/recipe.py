@@ -19,6 +19,7 @@ from .finetune import FineTune
 from .low_rank import LowRank
 from .nn import CompressedLinear
 from .prune import Prune
+from .quantize import Quantize  # noqa: F401, a file may name it
 from .share import Share
 from .steps import Step, Work, from_dict
 

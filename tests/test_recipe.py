@@ -1,6 +1,7 @@
 """Recipes: in files and out, refused before any work, run on a copy, judged on rows that no step has seen."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -232,3 +233,9 @@ def test_bad_files(tmp_path, text, match):
         read_recipe(tmp_path / "r.yaml")
     with pytest.raises(ValueError, match="not TOML"):
         loads("a = ", "toml")
+
+
+def test_a_file_may_name_every_step():
+    names = ("Prune", "Quantize", "LowRank", "Share", "Distil", "FineTune")
+    code = f"import rewardzip.recipe; from rewardzip.steps import STEPS; assert set({names}) <= set(STEPS), STEPS"
+    subprocess.run([sys.executable, "-c", code], check=True)
