@@ -152,7 +152,9 @@ def _told() -> Iterator[None]:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    warm: Annotated[bool, typer.Option("--warm", help="compile the usual CPU kernels into their cache now")] = False,
+) -> None:
     """What this machine has, and which implementation each op will use."""
     import torch
 
@@ -167,6 +169,17 @@ def doctor() -> None:
         from rewardzip_kernels.cpu.instruction_sets import choose
 
         typer.echo(f"CPU kernels use {choose(None).name}")
+        if warm:
+            from rewardzip_kernels.cpu.engine import cache_folder
+
+            from .warm import warm as fill
+
+            taken = fill()
+            longest = max(taken, key=lambda name: taken[name])
+            typer.echo(
+                f"{len(taken)} kinds of layer ran in {sum(taken.values()):.1f} s, the longest {longest} in "
+                f"{taken[longest]:.2f} s; compiled code is in {cache_folder()}"
+            )
 
 
 @contextmanager

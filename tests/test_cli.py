@@ -210,3 +210,13 @@ def test_bad_input_is_code_2_and_a_line(work, tmp_path, arguments, said):
     assert said in told.output.replace("\n", ""), told.output
     assert "Traceback" not in told.output
     assert not (tmp_path / "small").exists()
+
+
+def test_doctor_warms_the_cache(tmp_path, monkeypatch):
+    from rewardzip import warm
+
+    monkeypatch.setattr(warm, "ACTIVATIONS", (torch.nn.ReLU,))
+    monkeypatch.setattr(warm, "CONFIGS", (rz.Int8(),))
+    result = CliRunner().invoke(app, ["doctor", "--warm"])
+    assert result.exit_code == 0, result.output
+    assert "5 kinds of layer ran in" in result.output
