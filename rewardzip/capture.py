@@ -63,7 +63,7 @@ class Captured(nn.Module):
             raise ValueError(f"captured model: {rows} rows, captured with {len(self.inputs[0])}")
 
 
-def record(model: nn.Module, inputs: list[Tensor]) -> tuple[Replay, Any]:
+def record(model: Callable[..., Any], inputs: list[Tensor]) -> tuple[Replay, Any]:
     """(a function that runs the model on these very tensors again, the tensors its result appears in)."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(inputs[0].device)

@@ -182,6 +182,29 @@ def doctor(
             )
 
 
+@app.command()
+def tune(
+    seconds: Annotated[float, typer.Option(help="stop after so many; what was measured is kept")] = 900,
+    file: Annotated[
+        Path | None, typer.Option(help="of the table; default: the cache that kernels look into")
+    ] = None,
+) -> None:
+    """Measure the GPU kernels' tiles on this machine and keep the fastest; without it a written rule chooses them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        typer.echo("rewardzip: there is no GPU here, and tiles are measured on GPUs only", err=True)
+        raise typer.Exit(2)
+    with _bad_input():
+        from rewardzip_kernels.gpu.tiles import cache_file
+
+        from .tune import cases, sweep
+
+        for i, found in enumerate(sweep(torch.device("cuda"), file or cache_file(), seconds), 1):
+            typer.echo(f"{i}/{len(cases())}  {found}")
+        typer.echo(f"the tiles that beat the rule are in {file or cache_file()}")
+
+
 @contextmanager
 def _bad_input() -> Iterator[None]:
     """What the library says about its input, in a line and as exit code 2."""

@@ -11,6 +11,7 @@ one network fit on chip they are loaded before the loop over the rows (RESIDENT)
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..checks import dense_rows
 from ..fused_mlp import compute_type, fused_mlp_reference, new_output
 from ..mlp_layout import Layout, layout
+from . import tiles
 from .int8_linear import TL_DTYPE
 from .launch import aligned, launch
 from .mlp_layers import network, zeros
@@ -123,6 +125,11 @@ class Tile(NamedTuple):
 # rows of the batch classes that share a tile: up to the first, up to the second, more
 FEW, SOME = 4096, 32768
 
+
+def row_class(m: int) -> int:
+    return FEW if m <= FEW else SOME if m <= SOME else SOME + 1
+
+
 # 16-bit weights of one network that stay on chip beside the rows: the smallest shared memory is 64 KiB
 RESIDENT_BYTES = 48 * 1024
 
@@ -164,10 +171,33 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
     return Tile(64, 64, out, 4, False) if m <= SOME else Tile(128, 64, out, 8, False)
 
 
-@lru_cache(maxsize=256)
-def _plan(layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype) -> tuple[Layout, Tile]:
+def candidates(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> list[Tile]:
+    """What a sweep measures beside the rule's, which comes first: only that where larger tiles compile for a minute."""
+    rule = tile(net, m, member_loop, compute)
+    pairs = sum(layer.width > 128 and layer.columns > 128 for layer in net.layers[:-2])
+    if pairs > 1 or compute == torch.float32 or net.layers[-1].width > 16:
+        return [rule]
+    narrow = (32, 64) if any(layer.width > 128 for layer in net.layers[:-1]) else (64,)
+    shapes = product((16, 32, 64, 128), narrow, (4, 8), {rule.resident, False})
+    found = [Tile(rows, size, rule.out, warps, kept) for rows, size, warps, kept in shapes if rows > 32 or warps == 4]
+    return list(dict.fromkeys([rule, *found]))
+
+
+def bucket(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> str:
+    """Networks that compile to much the same: widths up to powers of two, activations, norms, types."""
+    layers = [f"{tiles.up(x.width)}{' norm' if x.eps is not None else ''} {x.activation}" for x in net.layers]
+    stored = "int8" if net.layers[0].scale is not None else "float"
+    kinds = f"{stored} {str(compute).removeprefix('torch.')}{' loop' if member_loop else ''}"
+    return f"fused_mlp {m} x {tiles.up(sum(net.layers[0].pieces))}: {', '.join(layers)}; {kinds}"
+
+
+@tiles.planned
+def _plan(
+    layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype, device: int
+) -> tuple[Layout, Tile]:
     net = layout(layers, quantised)
-    return net, tile(net, rows, member_loop, compute)
+    case = net, rows, member_loop, compute
+    return net, tiles.choose(bucket(*case), device, tile(*case), lambda: candidates(*case))
 
 
 @lru_cache
@@ -195,8 +225,7 @@ def fused_mlp(
     strides = tuple(x.stride(0) for x in xs)
     compute = compute_type(inputs, weights, compute_dtype)
     loop = (members or 0) if reduce == "mean_std" else 0
-    rows = FEW if m <= FEW else SOME if m <= SOME else SOME + 1
-    net, t = _plan(layers, weights.dtype == torch.int8, rows, loop > 0, compute)
+    net, t = _plan(layers, weights.dtype == torch.int8, row_class(m), loop > 0, compute, y.get_device())
     programs = triton.cdiv(m, t.block_m)
     if t.resident:
         programs = min(programs, 2 * _multiprocessors(y.device))

@@ -9,7 +9,7 @@ registers, they never pass through shared memory, and the rows are its narrow si
     partial      [SPLIT_K, M, N] fp32 or int32        |
 """
 
-from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import activations
 from ..checks import dense_rows
+from . import tiles
 from .activations import activate
 from .launch import aligned, launch
 
@@ -178,14 +179,30 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
     block_k = 128 // x_bytes if x_bytes > 1 else 128
     if m <= 64:
         block_m = max(16, triton.next_power_of_2(m))
-        tiles = triton.cdiv(n, 64)
+        programs = triton.cdiv(n, 64)
         split = 1
-        while tiles * split < 128 and k // (2 * split) >= 1024 and split < 16:
+        while programs * split < 128 and k // (2 * split) >= 1024 and split < 16:
             split *= 2
         return Tile(block_m, 64, min(128, 2 * block_k), split, 4, 4 if block_m < 64 else 3)
     if m <= 1024 or k % 16:
         return Tile(64, 64, block_k, 1, 4, 4)
     return Tile(128, 128, block_k, 1, 8, 3)
+
+
+def candidates(m: int, n: int, k: int, x_bytes: int) -> list[Tile]:
+    """What a sweep measures beside the rule's, which comes first; a measured tile is one of these or not used."""
+    found = [tile(m, n, k, x_bytes)]
+    block_k = 128 // x_bytes if x_bytes > 1 else 128
+    most = min(128, max(16, triton.next_power_of_2(m)))
+    if m <= 16:
+        found += [Tile(0, block_n, size, 1, 4, 3) for block_n in (4, 8, 16) for size in (256, 512)]
+    for block_m, block_n in product((16, 32, 64, 128), (64, 128)):
+        # of few rows the weights are the work: wider K tiles, K in parts
+        splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or (block_n == 64 and m <= 64 and k // s >= 512)]
+        if most // 4 <= block_m <= most:
+            found += [Tile(block_m, block_n, min(128, 2 * block_k), s, 4, 3) for s in splits if m <= 64]
+            found += [Tile(block_m, block_n, block_k, 1, warps, 3) for warps in (4, 8) if m > 16 or warps == 4]
+    return list(dict.fromkeys(found))
 
 
 class Plan(NamedTuple):
@@ -198,22 +215,27 @@ class Plan(NamedTuple):
     constants: tuple[Any, ...]
     warps: int
     stages: int
+    variant: tuple[Any, ...]  # what of this a compiled kernel depends on
 
 
 # worked out once a shape: this is on the path of every call
-@lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, x_bytes: int, compute: torch.dtype, activation: str) -> Plan:
-    t = tile(m, n, k, x_bytes)
+@tiles.planned
+def plan(
+    m: int, n: int, k: int, x_bytes: int, weight_bytes: int, compute: torch.dtype, activation: str, device: int
+) -> Plan:
+    bucket = tiles.linear_bucket("int8_linear", m, n, k, x_bytes, weight_bytes)
+    t = tiles.choose(bucket, device, tile(m, n, k, x_bytes), lambda: candidates(m, n, k, x_bytes))
     entry, parameter = activations.parse(activation)
     epilogue = (entry.name, parameter)
     constants: tuple[Any, ...] = (*epilogue, TL_DTYPE[compute], k % (t.block_k * t.split_k) == 0)
     if t.block_m == 0:
         grid = (triton.cdiv(n, t.block_n) * m, 1, 1)
         constants += (t.block_n, t.block_k)
-        return Plan(_int8_gemv_kernel, grid, 1, epilogue, constants, t.warps, t.stages)
+        return Plan(_int8_gemv_kernel, grid, 1, epilogue, constants, t.warps, t.stages, (*constants, t.warps, t.stages))
     grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), t.split_k, 1)
     constants += (t.split_k, t.block_m, t.block_n, t.block_k)
-    return Plan(_int8_linear_kernel, grid, t.split_k, epilogue, constants, t.warps, t.stages)
+    variant = (*constants, t.warps, t.stages)
+    return Plan(_int8_linear_kernel, grid, t.split_k, epilogue, constants, t.warps, t.stages, variant)
 
 
 def int8_linear(
@@ -246,18 +268,9 @@ def weights_times_rows(
     if m == 0:
         return
     weight = weight.contiguous()
-    p = plan(m, n, k, x.element_size(), compute, activation)
-    key = (
-        x.dtype,
-        weight.dtype,
-        y.dtype,
-        aligned(x, weight, scale, bias, row_scale, y),
-        bias is None,
-        n,
-        k,
-        stride,
-        p.constants,
-    )
+    p = plan(m, n, k, x.element_size(), weight.element_size(), compute, activation, x.get_device())
+    at = aligned(x, weight, scale, bias, row_scale, y)
+    key = (x.dtype, weight.dtype, y.dtype, at, bias is None, n, k, stride, p.variant)
     sums = y
     if p.split_k > 1:
         sums_dtype = torch.int32 if compute == torch.int8 else torch.float32

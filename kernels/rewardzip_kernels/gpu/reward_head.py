@@ -6,7 +6,6 @@ Each tile of outputs writes its own partial sums [tiles, M, n_out]; a second, ti
 order. No atomics, so the same rows give the same rewards.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from .. import activations
 from ..checks import dense_rows
 from . import int8_linear as gemm
+from . import tiles
 from .int8_linear import TL_DTYPE, finish, row_sums, tile_sums
 from .launch import aligned, launch
 
@@ -95,7 +95,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-@lru_cache(maxsize=4096)
 def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
     """int8_linear's rule, from arithmetic and compiled code, not yet from measurements; but K is never split.
 
@@ -107,6 +106,19 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
     while 0 < t.block_m and m <= 64 and block_n > 16 and triton.cdiv(n, block_n) < 128:
         block_n //= 2
     return Tile(t.block_m, block_n, t.block_k, t.warps, t.stages)
+
+
+def candidates(m: int, n: int, k: int, x_bytes: int) -> list[Tile]:
+    """What a sweep measures: int8_linear's that do not split K, for few rows in narrower tiles of outputs too."""
+    whole = [Tile(t.block_m, *t[1:3], *t[4:]) for t in gemm.candidates(m, n, k, x_bytes) if t.split_k == 1]
+    narrow = [t._replace(block_n=size) for t in whole for size in (16, 32) if t.block_m and m <= 64]
+    return list(dict.fromkeys([tile(m, n, k, x_bytes), *whole, *narrow]))
+
+
+@tiles.planned
+def plan(m: int, n: int, k: int, x_bytes: int, weight_bytes: int, device: int) -> Tile:
+    bucket = tiles.linear_bucket("reward_head", m, n, k, x_bytes, weight_bytes)
+    return tiles.choose(bucket, device, tile(m, n, k, x_bytes), lambda: candidates(m, n, k, x_bytes))
 
 
 def reward_head(
@@ -126,25 +138,25 @@ def reward_head(
         return y
     weight, head_weight = weight.contiguous(), head_weight.contiguous()
     compute = compute_dtype or x.dtype
-    t = tile(m, n, k, rows.element_size())
-    tiles = triton.cdiv(n, t.block_n)
-    partial = torch.empty(tiles, m, n_out, dtype=torch.float32, device=x.device)
+    t = plan(m, n, k, rows.element_size(), weight.element_size(), x.get_device())
+    n_tiles = triton.cdiv(n, t.block_n)
+    partial = torch.empty(n_tiles, m, n_out, dtype=torch.float32, device=x.device)
     entry, parameter = activations.parse(activation)
     constants = (entry.name, parameter, TL_DTYPE[compute], k % t.block_k == 0, n_out, *(t.block_m,)[: t.block_m > 0])
     constants += (t.block_n, t.block_k)
     key = (
         x.dtype, weight.dtype, aligned(rows, weight, scale, bias, head_weight, head_bias, y), scale is None,
-        bias is None, head_bias is None, n, k, rows.stride(0), constants,
+        bias is None, head_bias is None, n, k, rows.stride(0), constants, t.warps, t.stages,
     )  # fmt: skip
     kernel, programs = (_reward_head_kernel, triton.cdiv(m, t.block_m)) if t.block_m else (_reward_gemv_kernel, m)
     launch(
-        kernel, (tiles * programs, 1, 1), key,
+        kernel, (n_tiles * programs, 1, 1), key,
         (rows, weight, scale, bias, head_weight, partial, m, n, k, rows.stride(0), *constants),
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     launch(
         _sum_tiles_kernel, (triton.cdiv(m * n_out, 64), 1, 1), (*key, y.dtype),
-        (partial, head_bias, y, m * n_out, tiles, n_out, 32, 64),
+        (partial, head_bias, y, m * n_out, n_tiles, n_out, 32, 64),
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y
