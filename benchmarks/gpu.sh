@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything a GPU is wanted for, in one command and one folder; no network, whatever torch and Triton are there.
 #   benchmarks/gpu.sh OUT [PART ...]     DRY=1: every step at tiny shapes, on the interpreter
-# parts: machine tests launch bench sanitizer, under 8 minutes by their limits; by name: compiled, evidence
+# parts: machine tests launch bench sanitizer tune, under 8 minutes by their limits; by name: compiled, evidence.
+# TUNE_SECONDS=900 lets the sweep over tiles go through all its cases: PARTS=tune
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 shift
-parts=${*:-machine tests launch bench sanitizer${DRY:+ evidence}}
+parts=${*:-machine tests launch bench sanitizer tune${DRY:+ evidence}}
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
@@ -32,7 +33,7 @@ for part in $parts; do
   tests)
     ops="tests"
     [ "$dry" = 1 ] && ops="tests/test_quantize_rows.py"
-    step tests 180 "$python" -m pytest -q -p no:cacheprovider $ops
+    step tests 160 "$python" -m pytest -q -p no:cacheprovider $ops
     ;;
   launch) step launch 30 "$python" benchmarks/launch_cost.py ;;
   bench)
@@ -40,8 +41,8 @@ for part in $parts; do
       step linear 60 "$python" benchmarks/linear.py --quick --no-compile --out "$out"
       step models 60 "$python" benchmarks/models.py --quick --no-compile --out "$out"
     else
-      step models 90 "$python" benchmarks/models.py --rows 1 16 256 4096 65536 1048576 --no-compile --out "$out"
-      step linear 60 "$python" benchmarks/linear.py --no-compile --out "$out"
+      step models 80 "$python" benchmarks/models.py --rows 1 16 256 4096 65536 1048576 --no-compile --out "$out"
+      step linear 40 "$python" benchmarks/linear.py --no-compile --out "$out"
     fi
     ;;
   compiled) # torch.compile's columns take minutes to compile: asked for by name
@@ -52,10 +53,18 @@ for part in $parts; do
       step small_shapes 100 env TRITON_INTERPRET=1 "$python" benchmarks/small_shapes.py
     elif command -v compute-sanitizer >/dev/null; then
       for tool in memcheck racecheck; do
-        step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/small_shapes.py
+        step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/small_shapes.py
       done
     else
       echo "== sanitizer: compute-sanitizer is not installed" | tee "$out/sanitizer.log"
+    fi
+    ;;
+  tune) # the table of measured tiles, whole after each case; as the package ships it in gpu/measured_tiles.json
+    seconds=${TUNE_SECONDS:-75}
+    if [ "$dry" = 1 ]; then
+      step tune 60 env TRITON_INTERPRET=1 "$python" benchmarks/tiles.py --quick --out "$out"
+    else
+      step tune $((seconds + 10)) "$python" benchmarks/tiles.py --seconds "$seconds" --out "$out"
     fi
     ;;
   evidence)
