@@ -31,9 +31,9 @@ def main() -> None:
     told, rows, wrong = machine(), [], 0
     for found in tune.sweep(device, options.out / "measured_tiles.json", options.seconds, cases):
         print(found, flush=True)
-        cell = {"op": "tile", "bucket": found.bucket}
-        rows += [cell | {"tile": tile, "rule": tile == found.rule, **asdict(t), **told} for tile, t in found.times.items()]
-        rows += [cell | {"tile": tile, "rule": tile == found.rule, "failed": why, **told} for tile, why in found.failed.items()]
+        cell = {"op": "tile", "bucket": found.bucket, "rule": found.rule, **told}
+        rows += [cell | {"tile": tile, **asdict(t)} for tile, t in found.times.items()]
+        rows += [cell | {"tile": tile, "failed": why} for tile, why in found.failed.items()]
         (options.out / "tiles.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
         wrong += sum("wrong result" in why for why in found.failed.values())
     if wrong:

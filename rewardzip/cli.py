@@ -185,9 +185,7 @@ def doctor(
 @app.command()
 def tune(
     seconds: Annotated[float, typer.Option(help="stop after so many; what was measured is kept")] = 900,
-    file: Annotated[
-        Path | None, typer.Option(help="of the table; default: the cache that kernels look into")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="of the table; default: the cache that kernels look into")] = None,
 ) -> None:
     """Measure the GPU kernels' tiles on this machine and keep the fastest; without it a written rule chooses them."""
     import torch

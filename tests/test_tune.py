@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from rewardzip import tune  # noqa: E402
-from rewardzip.cli import app  # noqa: E402
-from rewardzip.timing import Timing  # noqa: E402
-from rewardzip_kernels import audit  # noqa: E402
-from rewardzip_kernels.gpu import int8_linear, tiles  # noqa: E402
+from rewardzip import tune
+from rewardzip.cli import app
+from rewardzip.timing import Timing
+from rewardzip_kernels import audit
+from rewardzip_kernels.gpu import int8_linear, tiles
 
 HERE = torch.device("cuda" if GPU else "cpu")
 INDEX = 0 if GPU else -1

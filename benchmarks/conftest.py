@@ -1,0 +1,6 @@
+"""Lets pytest find what the benchmarks share."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
