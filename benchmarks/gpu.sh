@@ -60,7 +60,7 @@ for part in $parts; do
     fi
     ;;
   tune) # the table of measured tiles, whole after each case; as the package ships it in gpu/measured_tiles.json
-    seconds=${TUNE_SECONDS:-75}
+    seconds=${TUNE_SECONDS:-65}
     if [ "$dry" = 1 ]; then
       step tune 60 env TRITON_INTERPRET=1 "$python" benchmarks/tiles.py --quick --out "$out"
     else

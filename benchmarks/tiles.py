@@ -1,6 +1,6 @@
 """The sweep over tiles: a table as the package ships it, and what every candidate took.
 
-    python benchmarks/tiles.py --out FOLDER [--seconds 75] [--quick]
+    python benchmarks/tiles.py --out FOLDER [--seconds 65] [--quick]
 
 FOLDER/measured_tiles.json is the table, FOLDER/tiles.json a row a candidate. --quick: one tiny layer, without a GPU in
 Triton's interpreter (TRITON_INTERPRET=1), whose times mean nothing. ``rewardzip tune`` is the same for a user's cache.
@@ -21,7 +21,7 @@ from rewardzip import tune
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=75)
+    parser.add_argument("--seconds", type=float, default=65)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

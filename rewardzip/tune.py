@@ -61,7 +61,8 @@ class Measured:
             return f"{' '.join(str(int(size)) for size in tile)}: {took}"
 
         better = f"{told(self.chosen)}; " if self.chosen != self.rule else ""
-        return f"{self.bucket}  {better}the rule's {told(self.rule)}; {len(self.failed)} of the others do not run"
+        failed = f"; {len(self.failed)} candidates failed" if self.failed else ""
+        return f"{self.bucket}  {better}the rule's {told(self.rule)}{failed}"
 
 
 def linear(n: int, k: int, m: int, dtype: torch.dtype, device: torch.device) -> Case:

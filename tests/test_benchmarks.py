@@ -85,10 +85,8 @@ def test_what_was_pruned_is_what_a_form_is_held_to(checked):
         dense[0].bias.copy_(layer.bias)
         return Off(dense[0], 0.0)
 
-    test, benchmark = (
-        checked.linear_op("an op", {"ours": unpruned}, lambda weight: torch.rand_like(weight) > 0.5),
-        Benchmark(),
-    )
+    test = checked.linear_op("an op", {"ours": unpruned}, lambda weight: torch.rand_like(weight) > 0.5)
+    benchmark = Benchmark()
     with pytest.raises(pytest.fail.Exception, match="not timed"):
         test(benchmark, "ours", (64, 64), 16)
     assert benchmark.timed == 0
