@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 from providers import providers, skipped
+from static_evidence import roofline
 from torch import nn
 
-from rewardzip.timing import interleaved
+from rewardzip.timing import apart, interleaved
 
 # inputs, outputs: imitation's default, the usual MLP, AMP discriminators, reward heads of 7B language models
 SHAPES = ((64, 64), (256, 256), (1024, 512), (4096, 4096))
@@ -68,7 +69,18 @@ def cells(shapes, row_counts, seconds: float, compile: bool):
                     wrong.append(name)
             with torch.no_grad():
                 taken = interleaved(calls, device, seconds)
-            yield k, n, m, taken, wrong
+                parts = {name: apart(call, device) for name, call in calls.items()} if device == "cuda" else {}
+            yield k, n, m, taken, parts, wrong
+
+
+def work(name: str, m: int, n: int, k: int, seconds: float, device: str) -> tuple[int, int, float | None]:
+    """(bytes a provider's tensors have, operations, the roofline's share of its time where the device's is known)."""
+    narrow = name in ("bf16", "fp16") or name.endswith("bf16 rows")
+    row, weight = 2 if narrow else 4, 1 if "int8" in name else 2 if narrow else 4
+    moved, operations = m * k * row + n * k * weight + m * n * row, 2 * m * n * k
+    kind = "int8" if "int8 x int8" in name else "16 bit" if narrow or "AMP" in name else "tf32"
+    floor = roofline(device, moved, operations, kind)
+    return moved, operations, None if floor is None else floor / seconds
 
 
 def main() -> None:
@@ -80,14 +92,17 @@ def main() -> None:
     shapes, row_counts = (((24, 40),), (1, 20)) if options.quick else (SHAPES, ROWS)
     told, rows = machine(), []
     print("  ".join(f"{k}: {v}" for k, v in told.items()))
-    for k, n, m, taken, wrong in cells(shapes, row_counts, 0.2 if options.quick else 2.0, not options.no_compile):
+    for k, n, m, taken, parts, wrong in cells(
+        shapes, row_counts, 0.2 if options.quick else 2.0, not options.no_compile
+    ):
         base = taken["fp32"].p50
         print(f"\n{k} -> {n}, {m} rows")
         for name, t in taken.items():
-            moved = m * k * 4 + n * k * (1 if name.startswith("rewardzip") else 4) + m * n * 4
-            speed = f"{moved / t.p50 / 1e9:8.1f} GB/s {2 * m * n * k / t.p50 / 1e12:8.3f} TFLOP/s"
+            moved, operations, share = work(name, m, n, k, t.p50, told["device"])
+            speed = f"{moved / t.p50 / 1e9:8.1f} GB/s {operations / t.p50 / 1e12:8.3f} TFLOP/s"
             print(f"  {name:28} {t.p50 * 1e6:10.1f} us {base / t.p50:6.2f}x  {speed}")
-            rows.append({"op": "linear", "in": k, "out": n, "rows": m, "provider": name, **asdict(t), **told})
+            cell = {"op": "linear", "in": k, "out": n, "rows": m, "provider": name, **asdict(t), **parts.get(name, {})}
+            rows.append(cell | {"bytes": moved, "operations": operations, "roofline": share} | told)
         for name in wrong:
             print(f"  {name:28} wrong result: not timed")
     for name, reason in sorted(skipped.items()):

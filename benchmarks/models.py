@@ -3,7 +3,7 @@
     python benchmarks/models.py [--quick] [--rows 1 1024 ...] [--out FOLDER] [--no-compile] [--threads N]
 
 Prints microseconds (median of rivals in turn) and the ratio to eager fp32; writes one JSON object a cell. On a GPU the
-L2 cache is cold, and a CUDA graph of every rival is listed beside it.
+L2 cache is cold, a CUDA graph of every rival is listed beside it, and the rows also have each call's parts (``apart``).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from linear import machine
 from torch import Tensor, nn
 
 import rewardzip as rz
-from rewardzip.timing import interleaved
+from rewardzip.timing import apart, interleaved
 
 # name: inputs (state, action), hidden widths, activation
 MODELS = {
@@ -53,10 +53,24 @@ class Reward(nn.Module):
         return self.net(torch.cat([state, action], -1)).squeeze(-1)
 
 
-def amp(model: nn.Module, device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+def amp(model: nn.Module, device: str, dtype: torch.dtype, grad: bool = False) -> Callable[..., Tensor]:
+    """Mixed precision; with weights that require gradients autocast keeps what it has cast."""
+    model = copy.deepcopy(model).requires_grad_(grad)
+
     def run(*inputs: Tensor) -> Tensor:
         with torch.autocast(device, dtype):
             return model(*inputs)
+
+    return run
+
+
+def tf32(model: nn.Module) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return model(*inputs)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
 
     return run
 
@@ -71,12 +85,14 @@ def providers(model: nn.Module, inputs: tuple[Tensor, ...], compile: bool) -> di
     made = {
         "fp32": model,
         "AMP bf16": amp(model, device, torch.bfloat16),
+        "AMP bf16, training": amp(model, device, torch.bfloat16, grad=True),
         "bf16": half(model, torch.bfloat16),
         "rewardzip int8": rz.swap(model, rz.Int8()),
         "rewardzip int8 x int8": rz.swap(model, rz.Int8(activations="dynamic")),
         "rewardzip int8, layers": rz.swap(model, rz.Int8(), fuse=False),
     }
     if device == "cuda":
+        made["fp32, TF32"] = tf32(model)
         made |= {"AMP fp16": amp(model, device, torch.float16), "fp16": half(model, torch.float16)}
     if compile:
         made["compile"] = torch.compile(model)
@@ -123,10 +139,11 @@ def main() -> None:
                         continue
                     calls[provider] = partial(call, *inputs)
                 taken = interleaved(calls, device, 0.2 if options.quick else 2.0)
+                parts = {name: apart(call, device) for name, call in calls.items()} if device == "cuda" else {}
             for provider, t in taken.items():
                 print(f"  {provider:28} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:6.2f}x")
                 cell = {"op": "model", "model": name, "rows": rows, "provider": provider}
-                written.append(cell | asdict(t) | told)
+                written.append(cell | asdict(t) | parts.get(provider, {}) | told)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"models-{options.threads}-threads.json").write_text(

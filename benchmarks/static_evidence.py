@@ -148,6 +148,14 @@ def rate(case: str) -> str:
     return "int8" if "dynamic" in case else "tf32" if case.endswith("float32") else "16 bit"
 
 
+def roofline(device: str, moved: float, operations: float, kind: str) -> float | None:
+    """The seconds that published peaks allow for bytes and operations; None for a device that is not in CHIPS."""
+    for chip in CHIPS.values():
+        if chip.name.split()[0] in device.replace("-", " ").split():
+            return max(moved / chip.bandwidth, operations / chip.operations[kind])
+    return None
+
+
 def fits(chip: Chip, registers: int, shared: int, warps: int) -> int:
     """Programs a multiprocessor holds at once."""
     by_registers = chip.registers // (-(-registers // 8) * 8 * chip.lanes) // 4 * 4

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+# a GPU's cycles, about half a millisecond: longer than Python takes to launch a call
+SPIN = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,24 @@ def interleaved(
     return {name: _timing(taken) for name, taken in samples.items()}
 
 
+def apart(call: Callable[[], object], device: torch.device | str, rounds: int = 21) -> dict[str, float]:
+    """Medians of one call on a GPU, in seconds: its kernels with their data in the L2 cache; the call until it returns,
+    which is Python and the driver; the call until its result is there. ``interleaved`` has the cold cache.
+    """
+    taken: dict[str, list[float]] = {"warm": [], "python": [], "wall": []}
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        call()
+        taken["python"].append(time.perf_counter() - begin)
+        torch.cuda.synchronize(device)
+        taken["wall"].append(time.perf_counter() - begin)
+        # this call has filled the cache; the GPU is kept busy until the next is in its queue
+        torch.cuda._sleep(SPIN)
+        taken["warm"].append(_between_events(call))
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
 def machine(device: torch.device | str = "cpu") -> str:
     """What the times were taken on, in words."""
     if torch.device(device).type == "cuda":
@@ -73,11 +95,15 @@ def _gpu_sampler(device: torch.device) -> Callable[[Callable[[], object], int], 
 
     def sample(call: Callable[[], object], repeats: int) -> float:
         flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+        return _between_events(call)
 
     return sample
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

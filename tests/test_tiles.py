@@ -157,6 +157,20 @@ def test_saving_keeps_other_tables_and_leaves_no_draft(plant, tmp_path):
     assert launched(linear_on_meta(200))[0] == (1, 64, 128, 64), "seen at once by the process that wrote it"
 
 
+def test_a_write_that_fails_leaves_the_old_file(plant, monkeypatch):
+    file = plant(fitting())
+    before = file.read_text()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        tiles.save(file, -1, {})
+    assert [f.name for f in file.parent.iterdir()] == ["tiles.json"]
+    assert file.read_text() == before
+
+
 def test_a_compiled_kernel_is_kept_by_its_whole_tile(monkeypatch):
     """Two tiles that differ in warps or stages alone are two kernels."""
     from rewardzip_kernels.gpu import launch
