@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 class Gpu:
-    """Stands for torch.cuda: a queue that is worked off at ``synchronize``, each launch 2 ms, 1 ms with a warm cache."""
+    """Stands for torch.cuda: a queue worked off at ``synchronize``, a launch takes 2 ms, 1 ms with a warm cache."""
 
     def __init__(self):
         self.queue, self.now, self.warm = [], 0.0, False
@@ -39,7 +39,7 @@ class Gpu:
         assert cycles == timing.SPIN
         self.queue.append("spin")
 
-    def Event(self, enable_timing):  # noqa: N802
+    def Event(self, enable_timing):
         return Event(self)
 
 
