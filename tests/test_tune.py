@@ -110,6 +110,7 @@ def test_what_is_wrong_or_does_not_run_is_never_timed(tmp_path):
     (found,) = tune.sweep(torch.device("cpu"), tmp_path / "tiles.json", 60, [make], timer)
     assert timed == ["('rule',)", "('other',)"]
     assert found.chosen == ("other",)
+    assert found.failed["unwritten",].endswith(" inf"), "fresh memory must be NaN, not what lay there before"
     assert found.failed["raises",] == "RuntimeError: out of shared memory"
     assert {name for (name,) in found.failed} == {"wrong", "unwritten", "nan", "raises", "inf"}
     assert all("wrong result" in why for (name,), why in found.failed.items() if name != "raises")
