@@ -1,5 +1,6 @@
 """The command line: each command is one call of the library."""
 
+import importlib
 import json
 import sys
 
@@ -59,7 +60,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("rewardzip.evaluate", "rewardzip.search"):
         monkeypatch.setattr(
-            sys.modules[module], "interleaved", lambda calls, device, seconds: timed(calls, device, 0.01)
+            importlib.import_module(module), "interleaved", lambda calls, device, seconds: timed(calls, device, 0.01)
         )
     model = rz.RewardMLP(3, 1)
     rz.save(model, "dense")
@@ -158,7 +159,9 @@ def test_compress_runs_a_recipe_and_saves_the_model(work):
 
 def test_search_tells_what_it_found(work, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["rewardzip.search"], "candidates", lambda model, data: [(rz.Quantize(8),), (rz.Quantize(2),)]
+        importlib.import_module("rewardzip.search"),
+        "candidates",
+        lambda model, data: [(rz.Quantize(8),), (rz.Quantize(2),)],
     )
     arguments = ("search", "named_by_test:model", "named_by_test:data", "small", "--budget", "20", "--folder", "kept")
     told = run(*arguments, "--json")

@@ -1,8 +1,8 @@
 """Masks: the right weights go, stay gone under any optimiser, and what cannot be pruned is refused untouched."""
 
 import copy
+import importlib
 import json
-import sys
 
 import pytest
 import torch
@@ -327,7 +327,9 @@ def test_masks_of_the_users_own():
 def test_rounds_end_at_the_amount_and_give_most_first(monkeypatch):
     shares = []
     # rz.prune is the function: the module of that name is found in sys.modules
-    monkeypatch.setattr(sys.modules["rewardzip.prune"], "fit", lambda model, *_, **__: shares.append(zeros(model)["0"]))
+    monkeypatch.setattr(
+        importlib.import_module("rewardzip.prune"), "fit", lambda model, *_, **__: shares.append(zeros(model)["0"])
+    )
     rz.prune(mlp(10, 100), rz.Prune("unstructured", 0.8, rounds=4, finetune_steps=1), rows(k=10), progress=False)
     assert shares == pytest.approx([0.8 * (1 - (1 - r / 4) ** 3) for r in (1, 2, 3, 4)], abs=1e-3)
 

@@ -1,7 +1,7 @@
 """``rz.search`` on steps whose worth is known: what it chooses, what it refuses, and what a kill leaves."""
 
+import importlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ class Never(Step):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     RUNS.clear()
-    monkeypatch.setattr(sys.modules["rewardzip.search"], "SECONDS", 0.02)
+    monkeypatch.setattr(importlib.import_module("rewardzip.search"), "SECONDS", 0.02)
 
 
 @pytest.fixture(autouse=True, scope="module")
