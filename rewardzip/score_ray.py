@@ -38,6 +38,10 @@ def need_ray() -> Any:
     return ray
 
 
+class PartError(Exception):
+    """What went wrong in an actor, in one piece: Ray adds to the text of an error, and drops the one it came from."""
+
+
 class Actor:
     """A process of the cluster that holds the model and scores parts by their numbers."""
 
@@ -48,8 +52,11 @@ class Actor:
         parts = [self.scorer.plan.parts[int(number)] for number in numbers["id"]]
         # a killed run may have finished a part that Ray has not heard of
         todo = [part for part in parts if finished(self.folder, part) is None]
-        for _ in score_parts(self.scorer, todo, self.folder):
-            pass
+        try:
+            for _ in score_parts(self.scorer, todo, self.folder):
+                pass
+        except (ValueError, TypeError, OSError) as error:
+            raise PartError(error) from None
         return {"id": numbers["id"]}
 
 
@@ -82,9 +89,14 @@ def _run(scorer: Scorer, model: nn.Module, device: str, folder: Path) -> None:
     from ray.data.checkpoint import CheckpointConfig
 
     context = ray.data.DataContext.get_current()
-    before = context.checkpoint_config, context.enable_progress_bars
-    context.checkpoint_config = CheckpointConfig("id", str(folder / WORK / "checkpoint"))
-    context.enable_progress_bars = False
+    settings = {
+        "checkpoint_config": CheckpointConfig("id", str(folder / WORK / "checkpoint")),
+        "enable_progress_bars": False,
+        "raise_original_map_exception": True,
+    }
+    before = {name: getattr(context, name) for name in settings}
+    for name, value in settings.items():
+        setattr(context, name, value)
     parts = scorer.plan.parts
     arguments = (model, scorer.plan, folder, scorer.batch_size, scorer.strict, device)
     try:
@@ -98,11 +110,12 @@ def _run(scorer: Scorer, model: nn.Module, device: str, folder: Path) -> None:
         )
         done.write_parquet(str(folder / WORK / "done"))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError | TypeError | OSError):
-            raise error.cause from None
+        if isinstance(error.cause, PartError):
+            raise error.cause.args[0] from None
         raise
     finally:
-        context.checkpoint_config, context.enable_progress_bars = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 @contextmanager

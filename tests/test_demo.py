@@ -1,6 +1,7 @@
 """The demo in a short form: everything it does, a few steps of each."""
 
 import html.parser
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("pytorch_mppi")
 pytest.importorskip("matplotlib")
 
-from rewardzip.demo import main
+from rewardzip.demo import NEXT, main
 from rewardzip.demo.candidates import rounded_to_three
 from rewardzip.demo.page import write_page
 from rewardzip.demo.pendulum import Dynamics, transitions
@@ -45,7 +46,16 @@ class Balanced(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     page = tmp_path_factory.mktemp("demo") / "out" / "demo.html"
-    return main(page, rows=6000, training_steps=1500, seeds=1, episode_steps=100), page
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("rewardzip.demo.fly", lambda *given: threads.append(torch.get_num_threads()) or fly(*given))
+        threads = []
+        found = main(page, rows=6000, training_steps=1500, seeds=1, episode_steps=100)
+    assert set(threads) == {1}, "a second thread that waits for a busy core makes the demo take many times longer"
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+    return found, page
 
 
 def test_int8_plans_what_fp32_plans_and_ternary_does_not(shown):
@@ -70,6 +80,19 @@ def test_page_is_whole_and_stands_alone(shown):
         assert candidate.name in text
         assert f"{candidate.returned:.1f}" in text
     assert [p.name for p in page.parent.iterdir()] == ["demo.html"]
+
+
+def test_what_the_page_says_to_try_next_runs(shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"<pre>(.*?)</pre>", shown[1].read_text(), re.S)
+    line, other = (text.partition(", `")[0] for text in NEXT.partition(": ")[2].split(". Or the best of many: "))
+    state, action = torch.randn(800, 3), torch.randn(800, 1)
+    for script in (html.unescape(code), f"import rewardzip as rz\n{line}\n{other}"):
+        names = {"model": rz.RewardMLP(3, 1, (16,)), "state": state, "action": action}
+        exec(script.replace("budget=120", "budget=1"), names)
+        assert names["small"].report is not None
+        loaded = rz.load("reward/")
+        assert torch.equal(loaded(state, action), names["small"].model(state, action))
 
 
 def test_an_episode_is_fixed_by_its_seed():

@@ -25,6 +25,13 @@ def test_python_blocks_run(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_every_block_is_closed(page):
+    fences = re.findall(r"^```.*$", page.read_text(), re.M)
+    assert all(line == "```" for line in fences[1::2]), "a block opens inside another"
+    assert len(fences) % 2 == 0
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target

@@ -190,6 +190,24 @@ def test_strict_names_the_first_bad_row_and_keeps_what_is_finished(model, tmp_pa
     assert run(model, tmp_path / "in.parquet", tmp_path / "out", part_rows=100).scored == 100
 
 
+def test_what_an_actor_of_ray_finds_wrong_survives_the_way_back(model, tmp_path):
+    """Ray pickles errors, without what caused them, and adds to their text."""
+    state, action = values(40)
+    state[17, 1] = np.nan
+    pq.write_table(table(state, action), tmp_path / "rows.parquet")
+    plan, folder = make_plan(model, tmp_path), tmp_path / "out"
+    folder.mkdir()
+    actor = score_ray.Actor(model, plan, folder, 16, True, "cpu")
+    with pytest.raises(score_ray.PartError) as told:
+        actor({"id": np.array([0])})
+    told.value.args += ("Ray's own words",)
+    cause = pickle.loads(pickle.dumps(told.value)).args[0]
+    assert type(cause) is ValueError
+    assert str(cause) == str(told.value.args[0])
+    assert "row 17: state: NaN" in str(cause)
+    assert "Ray" not in str(cause)
+
+
 def test_scores_that_are_not_finite_are_told(tmp_path):
     model = nn.Linear(S, 1).eval()
     with torch.no_grad():

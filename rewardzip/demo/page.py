@@ -54,7 +54,7 @@ def write_page(path: Path, found: Sequence[Candidate], truth: Tensor, speed: Tab
         horizon=HORIZON,
         rows=_rows(found),
         speed=_table(speed),
-        machine=html.escape(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"),
+        machine=html.escape(f"{platform.machine()}, torch {torch.__version__}, one thread"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")

@@ -43,7 +43,7 @@ def speed_table(found: Sequence[Candidate], device: str) -> Table:
     runs: dict[str, Reward] = {c.name: c.model for c in found if c.name != "ternary"}
     runs[f"AMP {str(amp).removeprefix('torch.')}"] = _under_amp(found[0].model, device, amp)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    title = f"Microseconds a call, median, rivals in turn; {where}, {torch.get_num_threads()} threads"
+    title = f"Microseconds a call, median, rivals in turn; {where}, one thread"
     table = Table(title=title, title_justify="left")
     _columns(table, "rows", *runs)
     with torch.no_grad():
