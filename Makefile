@@ -23,11 +23,11 @@ test: $(VENV)/ready
 # tests against the real packages of others: heavy, so apart
 test-clients: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[score,ray,onnx,clients]"
-	$(BIN)/python -m pytest -m clients
+	$(BIN)/python -m pytest -m clients --durations 15
 
 # imitation 1.0.1 needs older packages than the others: an environment of its own
 test-imitation: .venv-imitation/ready
-	PYTHONPATH=.:kernels .venv-imitation/bin/python -m pytest -W default tests/imitation_client.py
+	PYTHONPATH=.:kernels .venv-imitation/bin/python -m pytest -W default --durations 5 tests/imitation_client.py
 
 .venv-imitation/ready: tests/imitation-constraints.txt
 	test -d .venv-imitation || $(PYTHON) -m venv .venv-imitation

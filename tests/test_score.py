@@ -3,6 +3,7 @@
 import errno
 import filecmp
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -19,8 +20,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rewardzip as rz
-from rewardzip import score_folder, score_parts, score_rows
+from rewardzip import score_folder, score_parts, score_ray, score_rows
 from rewardzip.cli import app
+from rewardzip.score_plan import make_plan
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -195,8 +197,9 @@ def test_what_an_actor_of_ray_finds_wrong_survives_the_way_back(model, tmp_path)
     state, action = values(40)
     state[17, 1] = np.nan
     pq.write_table(table(state, action), tmp_path / "rows.parquet")
-    plan, folder = make_plan(model, tmp_path), tmp_path / "out"
+    folder = tmp_path / "out"
     folder.mkdir()
+    plan = make_plan(tmp_path / "rows.parquet", COLUMNS, (), 100, folder, False)
     actor = score_ray.Actor(model, plan, folder, 16, True, "cpu")
     with pytest.raises(score_ray.PartError) as told:
         actor({"id": np.array([0])})
@@ -463,6 +466,12 @@ def test_the_results_of_other_settings_are_not_mixed(model, tmp_path):
     with pytest.raises(ValueError, match="its inputs differ"):
         run(model, tmp_path / "in", tmp_path / "out")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+def test_a_models_fingerprint_has_what_its_numbers_do_not_say():
+    prints = [score_folder.fingerprint(m) for m in (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), nn.ELU(0.1), nn.ELU(0.1))]
+    assert len(set(prints)) == 3
+    assert prints[2] == prints[3]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(model, tmp_path):

@@ -22,13 +22,14 @@ from .tables import cost_table, returns_table, speed_table
 
 NEXT = (
     "Try next, on your own model: small = rz.compress(model, [rz.Quantize()], (state, action)); print(small.report); "
-    "rz.save(small.model, 'reward/'). Or the best of many: rz.search(model, (state, action), budget=120), `rewardzip search`"
+    "rz.save(small.model, 'reward/'). Or the best of many: rz.search(model, (state, action), budget=120), "
+    "`rewardzip search`"
 )
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Batches this small gain little from a second thread, and where that waits for a busy core they take many times longer."""
+    """Batches this small gain little from a second thread, and where it waits for a busy core they lose much."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
