@@ -35,9 +35,9 @@ from rewardzip.timing import interleaved
 
 INT8 = rz.Quantize(8, activations="dynamic")
 TUNE = rz.FineTune(600, blend=True)
-LONG = rz.FineTune(4000, learning_rate=2e-3, blend=True)
-LAST = rz.FineTune(1500, blend=True)
-STUDENTS = 1500
+LONG = rz.FineTune(2500, learning_rate=2e-3, blend=True)
+LAST = rz.FineTune(1000, blend=True)
+STUDENTS = 1000
 
 
 def neurons(amount: float) -> rz.Prune:

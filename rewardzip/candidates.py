@@ -30,7 +30,7 @@ def candidates(model: nn.Module, data: Data) -> list[Recipe]:
     recipes += [(_few(bits), tune) for bits in (6, 4, 3)]
     recipes += [(Prune("2:4"), train, INT8)]
     recipes += [(_neurons(amount), train, INT8) for amount in (0.3, 0.5, 0.75, 0.875)]
-    recipes += [(_neurons(amount), train, _few(5), tune) for amount in (0.15, 0.3, 0.5)]
+    recipes += [(_neurons(amount), train, _few(5), tune) for amount in (0.15, 0.3, 0.4, 0.5)]
     recipes += [(LowRank(energy=energy), train, INT8) for energy in (0.99, 0.9)]
     students = [tuple(_eights(w / part) for w in widths) for part in (2, 4, 8)] if widths else []
     # one layer instead of several
