@@ -201,7 +201,8 @@ def table(task: str, out: Path) -> None:
             smaller = statistics.mean(dense["bytes"] / row["bytes"] for dense, row in runs)
             faster = statistics.median(row["faster"] for _, row in runs)
             taken = statistics.median(row["us"] for _, row in runs)
-            figures = [_spread([row[key] for _, row in runs if key in row]) for key in ("agreement", "epic", "best of 16")]
+            kinds = ("agreement", "epic", "best of 16")
+            figures = [_spread([row[kind] for _, row in runs if kind in row]) for kind in kinds]
             cost = f"{size / 1024:.1f} | {smaller:.1f}x | {taken:.0f} | {faster:.1f}x"
             print(f"| {name} | {cost} | {' | '.join(figures)} |")
 
