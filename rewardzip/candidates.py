@@ -9,7 +9,7 @@ from torch import nn
 
 from .data import Data
 from .distil import Distil
-from .finetune import FineTune
+from .finetune import FineTune, can_blend
 from .low_rank import LowRank
 from .prune import Prune
 from .quantize import Quantize
@@ -18,31 +18,34 @@ from .steps import Step
 Recipe = tuple[Step, ...]
 
 INT8 = Quantize(8, activations="dynamic")
-TRAIN = FineTune(steps=2000)
 
 
 def candidates(model: nn.Module, data: Data) -> list[Recipe]:
     """Those whose steps say that they can work on the model and data; of its own widths, shares."""
     widths = [m.out_features for m in model.modules() if type(m) is nn.Linear][:-1]
+    # first in floats, and long: a net trained on its grid from the start stays behind one that got there from near by
+    train = FineTune(5000, learning_rate=2e-3, blend=can_blend(data))
+    tune = FineTune(2500, blend=can_blend(data))
     recipes: list[Recipe] = [(Quantize(8),), (INT8,)]
-    recipes += [(_few(bits), TRAIN) for bits in (6, 4, 3)]
-    recipes += [(Prune("2:4"), TRAIN, INT8)]
-    recipes += [(_neurons(amount), TRAIN, INT8) for amount in (0.25, 0.5, 0.75, 0.875)]
-    recipes += [(_neurons(amount), _few(4), TRAIN) for amount in (0.25, 0.5)]
-    recipes += [(LowRank(energy=energy), TRAIN, INT8) for energy in (0.99, 0.9)]
-    students = [tuple(_eights(w / part) for w in widths) for part in (2, 3, 4, 8)] if widths else []
+    recipes += [(_few(bits), tune) for bits in (6, 4, 3)]
+    recipes += [(Prune("2:4"), train, INT8)]
+    recipes += [(_neurons(amount), train, INT8) for amount in (0.3, 0.5, 0.75, 0.875)]
+    recipes += [(_neurons(amount), train, _few(5), tune) for amount in (0.15, 0.3, 0.4, 0.5)]
+    recipes += [(LowRank(energy=energy), train, INT8) for energy in (0.99, 0.9)]
+    students = [tuple(_eights(w / part) for w in widths) for part in (2, 4, 8)] if widths else []
     # one layer instead of several
     students += [(_eights(max(widths) / 2),)] if len(widths) > 1 else []
-    recipes += [(Distil(student=s, task=0.0, steps=4000), INT8) for s in dict.fromkeys(students)]
+    distil = Distil(task=0.0, steps=5000, blend=can_blend(data))
+    recipes += [(dataclasses.replace(distil, student=s), INT8) for s in dict.fromkeys(students)]
     return recipes
 
 
 def _few(bits: int) -> Quantize:
-    return Quantize(bits, activations="dynamic")
+    return Quantize(bits, activations="dynamic", ranges="mse")
 
 
 def _neurons(amount: float) -> Prune:
-    return Prune("neurons", amount, importance="second-order")
+    return Prune("neurons", amount, importance="second-order", scope="model")
 
 
 def _eights(width: float) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from .calibrate import device_of, run
 from .data import Data
 from .fidelity import pair_agreement
+from .finetune import Blended, can_blend
 from .fit import fit
 from .models import MLP, RewardMLP
 from .steps import Step, Work
@@ -29,6 +30,7 @@ class Distil(Step):
     (which of a pair, which output) and not its shades. features: pairs of layer names, the teacher's and the student's,
     whose outputs are matched through a linear map that is trained with them. seeds: how many students are trained, and
     as many again without the teacher; the one nearest to the model is kept, and the notes tell what the teacher gave.
+    blend: as of ``FineTune``, for form="regression" with task=0 and no features.
     amp: "float16" (with gradient scaling) or "bfloat16".
     """
 
@@ -42,6 +44,7 @@ class Distil(Step):
     learning_rate: float = 2e-3
     batch_size: int = 256
     seeds: int = 3
+    blend: bool = False
     amp: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class Distil(Step):
                 f"Distil: form='regression' compares numbers; hard={self.hard}, temperature={self.temperature} "
                 "have a meaning for 'pairwise' and 'softmax' alone"
             )
+        if self.blend and (self.form != "regression" or self.task or self.features):
+            raise ValueError(
+                f"Distil: blend is for form='regression' with task=0 and no features, not form={self.form!r}, "
+                f"task={self.task}, features={self.features}: nobody knows the reward of a mixture of rows"
+            )
         if self.amp not in (None, "float16", "bfloat16"):
             raise ValueError(f"Distil: amp is {self.amp!r}; it must be None, 'float16' or 'bfloat16'")
         if self.seeds < 3 or self.steps < 1:
@@ -68,6 +76,8 @@ class Distil(Step):
         rows = Work(model, data).needs_data(self)
         if len(rows) < 10:
             raise ValueError(f"Distil: {len(rows)} rows are too few to train on and to compare students by; give 10")
+        if self.blend and not can_blend(rows):
+            raise ValueError("Distil: blend mixes rows, and some inputs in the data are whole numbers")
         out = run(model, rows[:2])
         check_form(self.form, out)
         student = self.make(model, rows, 0)
@@ -108,17 +118,20 @@ class Distil(Step):
             amp = None if self.amp is None else getattr(torch, self.amp)
             options: dict[str, Any] = {"seed": seed, "progress": work.progress, "amp": amp}
             options |= {name: getattr(self, name) for name in ("steps", "learning_rate", "batch_size")}
-            distil(
-                student,
-                work.original,
-                rows,
-                form=self.form,
-                task=share,
-                temperature=self.temperature,
-                hard=self.hard,
-                features=self.features,
-                **options,
-            )
+            if self.blend:
+                fit(student, rows, Blended(work.original), **options)
+            else:
+                distil(
+                    student,
+                    work.original,
+                    rows,
+                    form=self.form,
+                    task=share,
+                    temperature=self.temperature,
+                    hard=self.hard,
+                    features=self.features,
+                    **options,
+                )
             taught.append(_judge(student, work.original, judged))
             if truth:
                 fit(twin, rows, task_loss, **options)

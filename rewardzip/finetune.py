@@ -22,13 +22,16 @@ class FineTune(Step):
     """Masks, grids and codebooks are parametrisations of the weights: zeros stay zeros, gradients pass the rounding.
 
     towards: "original" learns the original's outputs and needs no rewards; "rewards" learns the rewards in the data, or
-    the preferences where it has those. amp: "float16" (gradients scaled) or "bfloat16". early_stop: see ``rz.fit``.
+    the preferences where it has those. blend: every row of a batch is mixed with another and the original is asked for
+    the mixture, so that no row comes twice: where the rows are few, training on them alone learns them by heart.
+    amp: "float16" (gradients scaled) or "bfloat16". early_stop: see ``rz.fit``.
     """
 
     steps: int = 500
     learning_rate: float = 1e-3
     batch_size: int = 256
     towards: Literal["original", "rewards"] = "original"
+    blend: bool = False
     amp: Literal["float16", "bfloat16"] | None = None
     early_stop: int | None = None
 
@@ -40,16 +43,20 @@ class FineTune(Step):
             )
         if self.towards not in ("original", "rewards"):
             raise ValueError(f"FineTune: towards is {self.towards!r}; it must be 'original' or 'rewards'")
+        if self.blend and self.towards == "rewards":
+            raise ValueError("FineTune: blend asks the original for its answers, towards='rewards' does not")
         if self.amp not in (None, "float16", "bfloat16"):
             raise ValueError(f"FineTune: amp is {self.amp!r}; it must be None, 'float16' or 'bfloat16'")
 
     def check(self, model: nn.Module, data: Data | None) -> None:
-        Work(model, data).needs_data(self, rewards=self.towards == "rewards")
+        rows = Work(model, data).needs_data(self, rewards=self.towards == "rewards")
+        if self.blend and not can_blend(rows):
+            raise ValueError("FineTune: blend mixes rows, and some inputs in the data are whole numbers")
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
         data = work.needs_data(self, rewards=self.towards == "rewards")
         if self.towards == "original":
-            data, loss = with_targets(work.original, data), imitate
+            data, loss = (data, Blended(work.original)) if self.blend else (with_targets(work.original, data), imitate)
         else:
             loss = "mse" if data.rewards is not None else "bradley-terry"  # type: ignore[assignment]
         with trainable(model):
@@ -82,6 +89,33 @@ def imitate(model: nn.Module, batch: Data) -> Tensor:
     sides = [batch.inputs] if batch.rejected is None else [batch.inputs, batch.rejected]
     errors = [F.mse_loss(out.float(), side[-1].to(out.device).float()) for side in sides for out in [model(*side[:-1])]]
     return torch.stack(errors).mean()
+
+
+def can_blend(data: Data) -> bool:
+    return all(t.is_floating_point() for t in (*data.inputs, *(data.rejected or ())))
+
+
+class Blended:
+    """The squared error against the original's answers, row i of a batch of n mixed with the one before it, i/(n-1) to
+    the rest: batches are drawn in no order, so all shares and all pairs come up, without random numbers."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher
+
+    def __call__(self, model: nn.Module, batch: Data) -> Tensor:
+        errors = []
+        for side in [batch.inputs] if batch.rejected is None else [batch.inputs, batch.rejected]:
+            mixed = [_mixed(rows) for rows in side]
+            with torch.no_grad(), torch.autocast(mixed[0].device.type, enabled=False):
+                wanted = self.teacher(*mixed)
+            out = model(*mixed)
+            errors.append(F.mse_loss(out.float(), wanted.to(out.device).float()))
+        return torch.stack(errors).mean()
+
+
+def _mixed(rows: Tensor) -> Tensor:
+    share = torch.linspace(0, 1, len(rows), dtype=rows.dtype, device=rows.device)
+    return rows.lerp(rows.roll(1, 0), share.view(-1, *[1] * (rows.dim() - 1)))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Canvas
 if TYPE_CHECKING:
     from .report import Report
 
+LONGEST = 24
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 GOOD, BAD, QUIET = "#12908e", "#e0603a", "#8a94a0"
 STYLE = {
@@ -118,19 +119,18 @@ def _trade_off(axes: Any, report: Report) -> None:
     points = report.trade_off()
     for point in points:
         color = GOOD if point.passed else BAD
-        area = 30 * min(max(point.faster, 0.5), 16)
+        area = 14 * min(max(point.faster, 0.5), 16)
         full = point.on_front or point.chosen
-        axes.scatter(
-            point.smaller, point.agreement, s=area, color=color, alpha=0.75 if full else 0.25, linewidths=0, zorder=2
-        )
+        edge = {"linewidths": 1.6, "edgecolors": INK} if point.chosen else {"linewidths": 0}
+        at = (point.smaller, point.agreement)
+        axes.scatter(*at, s=area, color=color, alpha=0.75 if full else 0.25, zorder=2 + point.chosen, **edge)
         if point.chosen or point.name == "original":
-            label = (
-                f"{point.name}\n{point.smaller:.3g}x smaller, {point.faster:.3g}x faster"
-                if point.chosen
-                else "original"
+            # a recipe is too long for a picture; the notes have it
+            name = point.name if len(point.name) <= LONGEST else "chosen"
+            label = f"{name}\n{point.smaller:.3g}x smaller, {point.faster:.3g}x faster" if point.chosen else "original"
+            axes.annotate(
+                label, at, (0, 10), ha="left" if point.chosen else "center", textcoords="offset points", fontsize=8.5
             )
-            at = (point.smaller, point.agreement)
-            axes.annotate(label, at, (0, 10), ha="center", textcoords="offset points", fontsize=8.5)
     # what is both the smallest and the most faithful so far, from the right; speed has a dimension of its own
     best = sorted((p.smaller, p.agreement) for p in points)
     front = [(x, y) for i, (x, y) in enumerate(best) if all(y > other for _, other in best[i + 1 :])]

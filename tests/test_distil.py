@@ -94,6 +94,14 @@ def test_a_student_learns_the_teachers_order(model, form):
     assert same_state(student.state_dict(), again.state_dict())
 
 
+def test_a_blended_student_learns_the_teachers_order(model):
+    student, notes = squeeze(model, rz.Distil((8,), task=0.0, steps=300, learning_rate=1e-2, blend=True), data=rows())
+    assert float(notes[0].partition("with the model ")[2].partition(" ")[0]) > 0.85
+    assert student.hidden == (8,)
+    with pytest.raises(ValueError, match="whole numbers"):
+        rz.Distil(task=0.0, blend=True).check(model, rz.Data((torch.randn(20, 6), torch.ones(20, 2, dtype=torch.long))))
+
+
 def test_without_rewards_the_notes_say_what_is_missing(model):
     data = rz.Data(rows().inputs)
     student, notes = squeeze(model, rz.Distil((8,), steps=100, learning_rate=1e-2), data=data)
@@ -214,6 +222,8 @@ def test_refused_before_any_work(model):
         ({"seeds": 2}, "3 or more"),
         ({"steps": 0}, "1 or more"),
         ({"amp": "int8"}, "amp is 'int8'"),
+        ({"blend": True}, "blend is for .* task=0.5"),
+        ({"blend": True, "task": 0.0, "form": "pairwise"}, "blend is for .* not form='pairwise'"),
     ],
 )
 def test_bad_settings(settings, match):

@@ -8,7 +8,7 @@ from torch import nn
 
 import rewardzip as rz
 from rewardzip.constraints import Codebook, Grid, Mask, constrain, copied, linears, masked, settle
-from rewardzip.finetune import imitate, trainable, with_targets
+from rewardzip.finetune import Blended, imitate, trainable, with_targets
 from rewardzip.steps import Work
 
 
@@ -80,6 +80,33 @@ def test_towards_rewards_and_preferences(model):
     assert float(imitate(model, shifted).detach()) == pytest.approx(0.5, rel=1e-4)
 
 
+def test_blended_rows_are_what_they_say_and_both_sides_count():
+    batch = rz.Data((torch.tensor([[0.0], [2.0], [10.0]]), torch.tensor([[1.0], [3.0], [5.0]])))
+    seen = []
+
+    def teacher(*inputs):
+        seen.append(inputs)
+        return inputs[0][:, 0] * 0
+
+    # rows 0, 1, 2 with 0, 1/2 and all of the row before each (the last before the first)
+    state, action = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])
+    cost = Blended(teacher)(lambda s, a: (s + 10 * a)[:, 0], batch)
+    assert torch.equal(seen[0][0][:, 0], state)
+    assert torch.equal(seen[0][1][:, 0], action)
+    assert float(cost) == pytest.approx(float((state + 10 * action).square().mean()))
+    pairs = rz.Data(batch.inputs, None, (batch.inputs[0] + 1, batch.inputs[1]))
+    both = (float(cost) + float((state + 1 + 10 * action).square().mean())) / 2
+    assert float(Blended(teacher)(lambda s, a: (s + 10 * a)[:, 0], pairs)) == pytest.approx(both)
+
+
+def test_blending_helps_where_rows_are_few(model):
+    few, others = rows(48), rows(512, seed=1)
+    cut = rz.LowRank(rank=4)
+    plain, _ = squeeze(model, cut, rz.FineTune(400), data=few)
+    blended, _ = squeeze(model, cut, rz.FineTune(400, blend=True), data=few)
+    assert error(model, blended, others) < 0.9 * error(model, plain, others)
+
+
 def test_mixed_precision_and_frozen_models(model):
     frozen = copied(model).requires_grad_(False)
     for amp in ("float16", "bfloat16"):
@@ -114,3 +141,7 @@ def test_bad_settings(model):
         rz.FineTune().check(model, None)
     with pytest.raises(ValueError, match="needs rewards or preferences"):
         rz.FineTune(towards="rewards").check(model, rz.Data(rows().inputs))
+    with pytest.raises(ValueError, match="blend asks the original"):
+        rz.FineTune(blend=True, towards="rewards")
+    with pytest.raises(ValueError, match="whole numbers"):
+        rz.FineTune(blend=True).check(model, rz.Data((torch.randn(4, 6), torch.ones(4, 2, dtype=torch.long))))

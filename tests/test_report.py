@@ -79,6 +79,14 @@ def test_a_search_shows_its_candidates(report, tmp_path):
     assert "3 &lt; 4 tried" in page
 
 
+def test_a_long_recipe_is_in_the_notes_and_not_across_the_picture(report, tmp_path):
+    recipe = "Prune('neurons', amount=0.3) + FineTune() + Quantize(5)"
+    front = (Candidate("original", 1, 1, 1, True), Candidate(recipe, 13, 20, 0.992, True, chosen=True))
+    page = saved(dataclasses.replace(report, front=front), tmp_path)
+    assert "chosen" in page
+    assert "Prune" not in page
+
+
 def test_nothing_is_left_where_there_is_no_folder(report, tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         report.save(tmp_path / "missing" / "report.html")
