@@ -21,11 +21,14 @@ from rewardzip_kernels import activations, fused_mlp, reward_head
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
 from rewardzip_kernels.reward_head import MAX_OUT
 
-from .nn import CompressedLinear, Int8Linear
+from .nn import BlockSparseLinear, CompressedLinear, Int8Linear, SparseLinear
 from .shortcut import Shortcut
 
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
+
+# up to so many rows one launch is faster than three layers of which one skips its empty blocks: docs/benchmarks.md
+FEW = {"float": 32, "dynamic": 128}
 
 # beyond this a few rows are worth several threads, which share the outputs of one layer after the other
 WEIGHTS_OF_ONE_CALL = 1 << 20
@@ -162,7 +165,8 @@ def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     n = linear.out_features
     if hidden:
-        weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
+        weight = linear.unpacked() if isinstance(linear, SparseLinear) else linear.int8_weight
+        scale, bias = linear.scale, linear.fp32_bias
     elif isinstance(linear, Int8Linear):
         weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
     else:
@@ -176,12 +180,12 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     )
 
 
-def follow(linears: list[Any]) -> bool:
+def follow(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8Linear,)) -> bool:
     """Whether these layers, one after the other, are a network that the ops know, whatever its widths."""
     hidden, last = linears[:-1], linears[-1]
     return (
         2 <= len(linears) <= MAX_LAYERS
-        and all(type(m) is Int8Linear and m.rows != "static" for m in hidden)
+        and all(type(m) in kinds and m.rows != "static" for m in hidden)
         and len({(m.rows, m.compute_dtype) for m in hidden}) == 1
         and (type(last) is Int8Linear or type(last) is nn.Linear)
         and all(a.out_features == b.in_features for a, b in pairwise(linears))
@@ -190,8 +194,23 @@ def follow(linears: list[Any]) -> bool:
 
 def fits(linears: list[Any]) -> bool:
     """Whether they can be one launch of ``fused_mlp``."""
-    narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
-    return narrow and follow(linears)
+    return _narrow(linears) and follow(linears)
+
+
+def fits_for_few(linears: list[Any]) -> bool:
+    """Whether they can be a ``Pruned`` chain: blocks among them, and a last layer that reads its rows as they are."""
+    blocks = [m for m in linears if type(m) is BlockSparseLinear]
+    return (
+        _narrow(linears)
+        and bool(blocks)
+        and all(m.scale is not None for m in blocks)
+        and follow(linears, (Int8Linear, BlockSparseLinear))
+        and getattr(linears[-1], "rows", "float") == "float"
+    )
+
+
+def _narrow(linears: list[Any]) -> bool:
+    return all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
 
 
 def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
@@ -200,6 +219,28 @@ def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
     if whole is None or len(inputs) > MAX_INPUTS or module._forward_hooks or module._forward_pre_hooks:
         return module(torch.cat(inputs, dim))
     return whole(*inputs, dim=dim)
+
+
+class Pruned(Chain):
+    """Layers of which some leave empty blocks out: for few rows one launch, zeros and all; for more one by one."""
+
+    op = ""
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.few = FEW[self.linears[0].rows]
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return f"one launch up to {self.few} rows, beyond layer by layer and without the empty blocks"
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        # a traced call may get any number of rows
+        if is_compiling() or not inputs[0].is_cpu or inputs[0].shape[:-1].numel() > self.few:
+            return self.one_by_one(*inputs)
+        return super().run(inputs, -1)
 
 
 class Wide(Chain):

@@ -15,6 +15,7 @@ from torch import nn
 
 from rewardzip_kernels.mlp_layout import MAX_WIDTH
 
+from .chain import MAX_INPUT_WIDTH
 from .nn.base import CompressedLinear, check_source
 from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
 from .nn.sparse24_linear import Sparse24Linear
@@ -35,22 +36,23 @@ class Form:
 
 
 def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
-    """``benchmarks/results/amd-epyc-zen5/sparse-1-threads.json``; no GPU was measured."""
+    """``benchmarks/results/amd-epyc-zen5/sparse-*-1-threads.json``; no GPU was measured."""
     if device != "cpu":
         return None
     empty = 1 - pattern.filled[BLOCK]
-    # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
-    small = max(pattern.shape) <= MAX_WIDTH
+    n, k = pattern.shape
+    # layers that may be part of one launch for a whole MLP, and are where rows are few: ``chain.Pruned``
+    small = n <= MAX_WIDTH and k <= MAX_INPUT_WIDTH
     least = IN_CHAIN if small else ALONE[rows]
-    if empty < least or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
+    if empty < least or (small and n * k < SMALLEST):
         return None
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
 
 
-# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, and from what
-# size there
+# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, where rows are
+# many, and from what size there
 ALONE: dict[Rows, float] = {"dynamic": 0.5, "float": 0.75}
-IN_CHAIN, SMALLEST = 0.9, MAX_WIDTH * MAX_WIDTH
+IN_CHAIN, SMALLEST = 0.75, MAX_WIDTH * MAX_WIDTH
 
 FORMS = (
     Form(

@@ -20,7 +20,7 @@ CASES = [
     (19, 30, 700, (8, 300), 0.7, "blocks wider than a step"),
     (20, 70, 90, (16, 4), 0.0, "nothing stored"),
     (20, 70, 90, (16, 4), 1.0, "everything stored"),
-    (9, 33, 47, (4096, 4096), 1.0, "one block is the layer"),
+    (9, 33, 47, (128, 128), 1.0, "one block is the layer"),
     (40, 33, 47, (1, 1), 0.1, "blocks of one weight"),
     (1100, 48, 32, (16, 4), 0.2, "the tile for many rows"),
 ]

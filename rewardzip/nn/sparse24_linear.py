@@ -13,12 +13,13 @@ from rewardzip_kernels.loading import settled
 from rewardzip_kernels.mlp_layout import MAX_WIDTH
 from rewardzip_kernels.sparse24_layout import broken_groups, pack, places, unpack, width
 
-from .base import CompressedLinear, check_source
+from .base import check_source
+from .sparse_linear import SparseLinear
 
 Values = Literal["int8", "float16", "bfloat16"]
 
 
-class Sparse24Linear(CompressedLinear):
+class Sparse24Linear(SparseLinear):
     """At most 2 nonzeros in every 4 inputs of an output; see ``rewardzip_kernels.sparse24_linear`` for the numerics.
 
     values: what the nonzeros are stored in; "int8" has a scale per output. rows: "float" keeps x as it is, "dynamic"
@@ -117,10 +118,8 @@ class Sparse24Linear(CompressedLinear):
         """5 bits a weight of int8, 9 of 16 bits, the inputs filled up to a multiple of 8."""
         return self.packed_values.numel() * self.packed_values.element_size() + self.indices.numel()
 
-    @property
-    def weight(self) -> Tensor:
-        weight = unpack(self.packed_values, self.indices, self.in_features).float()
-        return (weight if self.scale is None else weight * self.scale[:, None]).to(self.dtype)
+    def unpacked(self) -> Tensor:
+        return unpack(self.packed_values, self.indices, self.in_features)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
         return sparse24_linear(input, *self._numbers(), activation, self._compute_dtype())
