@@ -27,11 +27,12 @@ from .shortcut import Shortcut
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
 
-# up to so many rows one launch is faster than three layers of which one skips its empty blocks: docs/benchmarks.md
-FEW = {"float": 32, "dynamic": 128}
-
 # beyond this a few rows are worth several threads, which share the outputs of one layer after the other
 WEIGHTS_OF_ONE_CALL = 1 << 20
+
+# up to so many multiply-adds, zeros and all, one call is faster than a call a layer without empty blocks, by what the
+# rows are: docs/benchmarks.md
+FEW = {"float": 1 << 21, "dynamic": 1 << 23}
 
 
 @dataclass(frozen=True)
@@ -194,23 +195,20 @@ def follow(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8
 
 def fits(linears: list[Any]) -> bool:
     """Whether they can be one launch of ``fused_mlp``."""
-    return _narrow(linears) and follow(linears)
+    narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
+    return narrow and follow(linears)
 
 
 def fits_for_few(linears: list[Any]) -> bool:
     """Whether they can be a ``Pruned`` chain: blocks among them, and a last layer that reads its rows as they are."""
     blocks = [m for m in linears if type(m) is BlockSparseLinear]
     return (
-        _narrow(linears)
-        and bool(blocks)
+        bool(blocks)
+        and sum(m.in_features * m.out_features for m in linears) <= WEIGHTS_OF_ONE_CALL
         and all(m.scale is not None for m in blocks)
         and follow(linears, (Int8Linear, BlockSparseLinear))
         and getattr(linears[-1], "rows", "float") == "float"
     )
-
-
-def _narrow(linears: list[Any]) -> bool:
-    return all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
 
 
 def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
@@ -219,28 +217,6 @@ def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
     if whole is None or len(inputs) > MAX_INPUTS or module._forward_hooks or module._forward_pre_hooks:
         return module(torch.cat(inputs, dim))
     return whole(*inputs, dim=dim)
-
-
-class Pruned(Chain):
-    """Layers of which some leave empty blocks out: for few rows one launch, zeros and all; for more one by one."""
-
-    op = ""
-
-    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
-        super().__init__(module, steps)
-        self.few = FEW[self.linears[0].rows]
-
-    @property
-    def where(self) -> str:  # type: ignore[override]
-        return f"one launch up to {self.few} rows, beyond layer by layer and without the empty blocks"
-
-    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
-        if dim not in (-1, inputs[0].dim() - 1):
-            inputs = (torch.cat(inputs, dim),)
-        # a traced call may get any number of rows
-        if is_compiling() or not inputs[0].is_cpu or inputs[0].shape[:-1].numel() > self.few:
-            return self.one_by_one(*inputs)
-        return super().run(inputs, -1)
 
 
 class Wide(Chain):
@@ -272,6 +248,26 @@ class Wide(Chain):
 
     def repack(self) -> None:
         """It reads the layers' own numbers."""
+
+
+class Pruned(Wide):
+    """Layers of which some leave empty blocks out: for few rows one call, zeros and all; for more one by one."""
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.few = FEW[self.linears[0].rows] // self.weights
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return f"one call on a CPU up to {self.few} rows, beyond layer by layer and without the empty blocks"
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        # a traced call may get any number of rows
+        if is_compiling() or inputs[0].shape[:-1].numel() > self.few:
+            return self.one_by_one(*inputs)
+        return super().run(inputs, -1)
 
 
 class Head(Wide):
