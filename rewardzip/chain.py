@@ -193,10 +193,10 @@ def follow(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8
     )
 
 
-def fits(linears: list[Any]) -> bool:
+def fits(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8Linear,)) -> bool:
     """Whether they can be one launch of ``fused_mlp``."""
     narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
-    return narrow and follow(linears)
+    return narrow and follow(linears, kinds)
 
 
 def fits_for_few(linears: list[Any]) -> bool:

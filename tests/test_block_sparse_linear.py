@@ -618,7 +618,6 @@ def test_masks_of_torch_count_as_zeros():
     assert fast[2].stored == int(occupied(mask, (16, 4)).sum())
 
 
-
 def test_restored_layers_are_dense_again():
     fast = swapped(sparse_mlp().eval())
     assert type(rz.restore(fast)[2]) is nn.Linear

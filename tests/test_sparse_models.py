@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rewardzip as rz
-from rewardzip.chain import FEW, Pruned
+from rewardzip.chain import FEW, Pruned, Wide
 from rewardzip.cli import app
 from rewardzip.export import unfused
 from rewardzip.nn import BlockSparseLinear, Int8Linear, Sparse24Linear, SparseRowsLinear
@@ -86,7 +86,14 @@ def test_the_file_is_as_small_as_theory_says(pattern, tmp_path):
 
     told = CliRunner().invoke(app, ["inspect", str(tmp_path / "fast")])
     assert told.exit_code == 0, told.output
-    for words in ("bytes before", "after", "by theory", str(4 * 1025 * 1024), str(theory + scales_and_biases), str(theory)):
+    for words in (
+        "bytes before",
+        "after",
+        "by theory",
+        str(4 * 1025 * 1024),
+        str(theory + scales_and_biases),
+        str(theory),
+    ):
         assert words in told.output
     told = CliRunner().invoke(app, ["inspect", str(tmp_path / "fast"), "--json"])
     assert json.loads(told.output)[0]["bytes_theory"] == theory
@@ -121,7 +128,9 @@ def test_export(name, tmp_path):
     # the file is written only if its outputs are within the bound
     made = rz.export(model, tmp_path / "model.onnx", x)
     assert made.bound < 0.02
-    weights = {t.data_type: list(t.dims) for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.dims) > 1}
+    weights = {
+        t.data_type: list(t.dims) for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.dims) > 1
+    }
     assert (sorted(weights.get(onnx.TensorProto.INT8, [])) == [48, 64]) == is_int8
     assert rz.export(model, tmp_path / "model.pt2", x).error == 0
     program = torch.export.load(tmp_path / "model.pt2")
@@ -187,4 +196,11 @@ def test_which_layers_stay_in_one_call():
     front = [part for k, n in ((20, 300), (300, 300), (300, 900)) for part in (nn.Linear(k, n), nn.ReLU())]
     fast = swapped(nn.Sequential(*front, linear("block", 900, 900, 0.9), nn.ReLU(), nn.Linear(900, 1)).eval())
     assert [type(m) for m in packed(fast).values()] == [Int8Linear] * 3 + [BlockSparseLinear]
-    assert [len(chain.steps) for chain in type(fast).chains] == [3]
+    assert [(type(chain), len(chain.steps)) for chain in type(fast).chains] == [(Wide, 3), (Pruned, 2)]
+
+
+def test_an_ensemble_of_pruned_models_is_one_launch():
+    members = [chained(0.8) for _ in range(2)]
+    fast, inputs = rz.fuse_ensemble(members, rz.Int8()), (torch.randn(40, 17), torch.randn(40, 6))
+    for y, member in zip(fast(*inputs), members, strict=True):
+        assert torch.allclose(y, rz.swap(member, rz.Int8())(*inputs), rtol=1e-4, atol=1e-5)
