@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import rewardzip as rz
 from rewardzip import forms
+from rewardzip.fuse import FusedForward
 from rewardzip.nn import BlockSparseLinear
 from rewardzip.timing import interleaved
 from rewardzip_kernels.blocks import cut
@@ -103,6 +104,14 @@ def swapped(model: nn.Module, config: rz.Int8, table: tuple[forms.Form, ...]) ->
         forms.FORMS = before
 
 
+def layer_by_layer(model: nn.Module) -> nn.Module:
+    """The model without its one launch for few rows."""
+    for module in model.modules():
+        for chain in module.chains if isinstance(module, FusedForward) else ():
+            chain.few = 0
+    return model
+
+
 def models(options: argparse.Namespace, told: dict[str, str]) -> list[dict[str, object]]:
     """23-256-256-1, the middle layer pruned."""
     written = []
@@ -115,7 +124,9 @@ def models(options: argparse.Namespace, told: dict[str, str]) -> list[dict[str, 
             calls: dict[str, Callable[[], object]] = {"fp32": partial(model, *inputs)}
             for kind, config in (("int8", rz.Int8()), ("int8 x int8", rz.Int8(activations="dynamic"))):
                 calls[f"one launch, {kind}"] = partial(swapped(model, config, ()), *inputs)
-                calls[f"blocks alone, {kind}"] = partial(swapped(model, config, (blocks_alone,)), *inputs)
+                apart = layer_by_layer(swapped(model, config, (blocks_alone,)))
+                calls[f"blocks alone, {kind}"] = partial(apart, *inputs)
+                calls[f"swapped, {kind}"] = partial(swapped(model, config, forms.FORMS), *inputs)
             with torch.no_grad():
                 taken = interleaved(calls, "cpu", options.seconds)
             print(f"\n23-256-256-1, {rows} rows, {100 * sparsity:g} % of the middle layer in blocks of 16x4")

@@ -21,7 +21,7 @@ from rewardzip_kernels import activations, fused_mlp, reward_head
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
 from rewardzip_kernels.reward_head import MAX_OUT
 
-from .nn import CompressedLinear, Int8Linear
+from .nn import BlockSparseLinear, CompressedLinear, Int8Linear, SparseLinear
 from .shortcut import Shortcut
 
 # beyond this the first layer alone is worth a launch of its own
@@ -29,6 +29,10 @@ MAX_INPUT_WIDTH = 1024
 
 # beyond this a few rows are worth several threads, which share the outputs of one layer after the other
 WEIGHTS_OF_ONE_CALL = 1 << 20
+
+# up to so many multiply-adds, zeros and all, one call is faster than a call a layer without empty blocks, by what the
+# rows are: docs/benchmarks.md
+FEW = {"float": 1 << 21, "dynamic": 1 << 23}
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     n = linear.out_features
     if hidden:
-        weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
+        weight = linear.unpacked() if isinstance(linear, SparseLinear) else linear.int8_weight
+        scale, bias = linear.scale, linear.fp32_bias
     elif isinstance(linear, Int8Linear):
         weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
     else:
@@ -176,22 +181,34 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     )
 
 
-def follow(linears: list[Any]) -> bool:
+def follow(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8Linear,)) -> bool:
     """Whether these layers, one after the other, are a network that the ops know, whatever its widths."""
     hidden, last = linears[:-1], linears[-1]
     return (
         2 <= len(linears) <= MAX_LAYERS
-        and all(type(m) is Int8Linear and m.rows != "static" for m in hidden)
+        and all(type(m) in kinds and m.rows != "static" for m in hidden)
         and len({(m.rows, m.compute_dtype) for m in hidden}) == 1
         and (type(last) is Int8Linear or type(last) is nn.Linear)
         and all(a.out_features == b.in_features for a, b in pairwise(linears))
     )
 
 
-def fits(linears: list[Any]) -> bool:
+def fits(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8Linear,)) -> bool:
     """Whether they can be one launch of ``fused_mlp``."""
     narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
-    return narrow and follow(linears)
+    return narrow and follow(linears, kinds)
+
+
+def fits_for_few(linears: list[Any]) -> bool:
+    """Whether they can be a ``Pruned`` chain: blocks among them, and a last layer that reads its rows as they are."""
+    blocks = [m for m in linears if type(m) is BlockSparseLinear]
+    return (
+        bool(blocks)
+        and sum(m.in_features * m.out_features for m in linears) <= WEIGHTS_OF_ONE_CALL
+        and all(m.scale is not None for m in blocks)
+        and follow(linears, (Int8Linear, BlockSparseLinear))
+        and getattr(linears[-1], "rows", "float") == "float"
+    )
 
 
 def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
@@ -231,6 +248,26 @@ class Wide(Chain):
 
     def repack(self) -> None:
         """It reads the layers' own numbers."""
+
+
+class Pruned(Wide):
+    """Layers of which some leave empty blocks out: for few rows one call, zeros and all; for more one by one."""
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.few = FEW[self.linears[0].rows] // self.weights
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return f"one call on a CPU up to {self.few} rows, beyond layer by layer and without the empty blocks"
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        if dim not in (-1, inputs[0].dim() - 1):
+            inputs = (torch.cat(inputs, dim),)
+        # a traced call may get any number of rows
+        if is_compiling() or inputs[0].shape[:-1].numel() > self.few:
+            return self.one_by_one(*inputs)
+        return super().run(inputs, -1)
 
 
 class Head(Wide):

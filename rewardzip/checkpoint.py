@@ -390,7 +390,8 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 def _read_tensors(source: Path, tied: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load_file(source / WEIGHTS)
+        # as torch lays tensors out: where one begins decides the order of its sums, and so the last bits
+        tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(source / WEIGHTS).items()}
     except OSError as error:
         raise CheckpointError(f"{source} has no {WEIGHTS} to read: {error}") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from rewardzip_kernels import fused_mlp
 from rewardzip_kernels.mlp_layout import pack
 
-from .chain import Chain, compute_for
+from .chain import Chain, compute_for, fits
 from .fuse import FusedForward, is_plain
 from .int8 import Int8
+from .nn import BlockSparseLinear, Int8Linear
 from .shortcut import Shortcut
 from .swap import swap
 
@@ -158,7 +159,7 @@ def _only_chain(member: nn.Module, e: int) -> tuple[Any, str, Chain]:
         for name, chain in vars(type(module)).items()
         if isinstance(chain, Chain) and name != "whole"
     ]
-    if len(found) != 1 or found[0][2].op != "fused_mlp":
+    if len(found) != 1 or not fits(found[0][2].linears, (Int8Linear, BlockSparseLinear)):
         raise ValueError(
             f"fuse_ensemble: member {e} has {len(found)} MLPs that fit one launch; it must have one "
             "(2 to 6 layers, each at most 256 wide, in code that can be traced)"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .chain import WEIGHTS_OF_ONE_CALL, Wide
 from .fuse import FusedForward, unfuse
-from .nn import Int8Linear
+from .nn import Int8Linear, SparseLinear
 from .parity import error_bound, tensors
 from .score_rows import placement
-from .swap import restore
+from .swap import put, restore
 
 # rows that are compared, at most
 COMPARED = 1024
@@ -119,7 +119,7 @@ def _compare(
 
 
 def unfused(model: nn.Module) -> nn.Module:
-    """A copy that runs layer by layer and computes the same: its layers are what other runtimes know."""
+    """A copy that runs layer by layer and computes the same: its layers are what other runtimes know, zeros and all."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, FusedForward):
@@ -130,7 +130,9 @@ def unfused(model: nn.Module) -> nn.Module:
                     # the last layer of one call takes its rows as they are
                     last.rows, last.compute_dtype, last.x_scale = "float", None, None
             unfuse(module)
-    return model
+    sparse = {m: m.filled() for m in model.modules() if isinstance(m, SparseLinear)}
+    named = list(model.named_modules(remove_duplicate=False))
+    return put(model, {name: sparse[m] for name, m in named if isinstance(m, SparseLinear)})
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], most_rows: int = 2**31 - 1) -> torch.export.ExportedProgram:

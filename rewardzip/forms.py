@@ -13,8 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from rewardzip_kernels.mlp_layout import MAX_WIDTH
-
+from .chain import WEIGHTS_OF_ONE_CALL
 from .nn.base import CompressedLinear, check_source
 from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
 from .nn.sparse24_linear import Sparse24Linear
@@ -35,24 +34,36 @@ class Form:
 
 
 def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
-    """``benchmarks/results/amd-epyc-zen5/sparse-1-threads.json``; no GPU was measured."""
+    """``benchmarks/results/amd-epyc-zen5/sparse-*-1-threads.json``; no GPU was measured."""
     if device != "cpu":
         return None
     empty = 1 - pattern.filled[BLOCK]
-    # layers that may be part of one launch for a whole MLP leave it only where they gain more than its calls save
-    small = max(pattern.shape) <= MAX_WIDTH
-    least = IN_CHAIN if small else ALONE[rows]
-    if empty < least or (small and pattern.shape[0] * pattern.shape[1] < SMALLEST):
+    weights = pattern.shape[0] * pattern.shape[1]
+    # smaller layers may be part of one call for a whole MLP, and are where rows are few: ``chain.Pruned``
+    least = ALONE[rows] if weights >= WEIGHTS_OF_ONE_CALL else IN_CALL
+    if empty < least or weights < SMALLEST:
         return None
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
 
 
-# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one launch, and from what
-# size there
+def _scattered(pattern: Pattern) -> bool:
+    """Whether the weights take less room one by one than in blocks: a few of them then fill each block."""
+    stored = pattern.filled.get(BLOCK, 1.0) * (BLOCK[0] * BLOCK[1] + 4)
+    return (1 - pattern.sparsity) * BLOCK[0] * BLOCK[1] * 3 < stored
+
+
+# the share of zero blocks from which blocks are faster than dense int8; than a whole MLP in one call, where rows are
+# many, and from what size on
 ALONE: dict[Rows, float] = {"dynamic": 0.5, "float": 0.75}
-IN_CHAIN, SMALLEST = 0.9, MAX_WIDTH * MAX_WIDTH
+IN_CALL, SMALLEST = 0.75, 256 * 256
 
 FORMS = (
+    Form(
+        "rows",
+        _scattered,
+        lambda pattern, device, rows: SparseRowsLinear.wins(pattern.shape, pattern.sparsity, device, rows),
+        lambda linear, rows: SparseRowsLinear.from_linear(linear, "int8"),
+    ),
     Form(
         "blocks",
         lambda pattern: BLOCK in pattern.filled,
@@ -64,12 +75,6 @@ FORMS = (
         lambda pattern: pattern.most.get(4, 4) <= 2,
         lambda pattern, device, rows: Sparse24Linear.wins(pattern.shape, pattern.sparsity, device, rows),
         lambda linear, rows: Sparse24Linear.from_linear(linear, "int8", rows),
-    ),
-    Form(
-        "rows",
-        lambda pattern: True,
-        lambda pattern, device, rows: SparseRowsLinear.wins(pattern.shape, pattern.sparsity, device, rows),
-        lambda linear, rows: SparseRowsLinear.from_linear(linear, "int8"),
     ),
 )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import fx, nn
 
 from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
-from .chain import Chain, Head, Step, Wide, fits, follow, is_head, joined
-from .nn import CompressedLinear, Int8Linear
+from .chain import Chain, Head, Pruned, Step, Wide, fits, fits_for_few, follow, is_head, joined
+from .nn import BlockSparseLinear, CompressedLinear, Int8Linear
 from .trace import read
 
 MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
@@ -218,10 +219,14 @@ def _longest(
         linears = [module.get_submodule(step.layer) for step in steps]
         if fits(linears):
             return Chain, run[:length]
+        if fits_for_few(linears):
+            return Pruned, run[:length]
         if is_head(linears, steps):
             return Head, run[:length]
-    if len(run) > 2 and follow([module.get_submodule(step.layer) for step, _ in run]):
-        return Wide, run
+    # up to the first layer that has a call of its own
+    dense = list(takewhile(lambda part: type(module.get_submodule(part[0].layer)) is not BlockSparseLinear, run))
+    if len(dense) > 2 and follow([module.get_submodule(step.layer) for step, _ in dense]):
+        return Wide, dense
     return None, []
 
 
@@ -256,7 +261,7 @@ def _is_linear(module: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or not set(node.kwargs) <= {"activation"}:
         return False
     layer = module.get_submodule(str(node.target))
-    return type(layer) in (Int8Linear, nn.Linear) and is_plain(layer)
+    return type(layer) in (Int8Linear, BlockSparseLinear, nn.Linear) and is_plain(layer)
 
 
 def _is_norm(module: nn.Module, node: fx.Node, layer: Any) -> bool:

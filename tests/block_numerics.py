@@ -16,13 +16,13 @@ CASES = [
     (65, 96, 96, (32, 32), 0.5, "two blocks side by side in a step"),
     (33, 50, 70, (16, 16), 0.5, "two tall tiles of a CPU and a row"),
     (22, 40, 61, (5, 3), 0.4, "blocks that divide nothing"),
-    (3, 300, 40, (150, 8), 0.7, "blocks taller than a tile of outputs"),
+    (3, 140, 24, (70, 8), 0.7, "blocks taller than a tile of outputs"),
     (19, 30, 700, (8, 300), 0.7, "blocks wider than a step"),
     (20, 70, 90, (16, 4), 0.0, "nothing stored"),
     (20, 70, 90, (16, 4), 1.0, "everything stored"),
-    (9, 33, 47, (4096, 4096), 1.0, "one block is the layer"),
-    (40, 33, 47, (1, 1), 0.1, "blocks of one weight"),
-    (1100, 48, 32, (16, 4), 0.2, "the tile for many rows"),
+    (9, 33, 47, (128, 128), 1.0, "one block is the layer"),
+    (20, 9, 47, (1, 1), 0.1, "blocks of one weight"),
+    (1100, 17, 32, (16, 4), 0.2, "the tile for many rows"),
 ]
 
 

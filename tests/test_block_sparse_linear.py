@@ -209,9 +209,8 @@ def test_inf_and_nan_reach_whom_they_concern(run, m, value, device):
 def test_opcheck():
     blocks, scale, bias = random_blocks(9, 20, (4, 4), 0.5)
     op = torch.ops.rewardzip.block_sparse_linear.default
-    for x in (torch.randn(4, 20), torch.randn(2, 3, 20, requires_grad=True)):
-        for activation, dynamic in (("relu", False), ("gelu", True)):
-            torch.library.opcheck(op, (x, *blocks, 9, 20, scale, bias, activation, dynamic))
+    for x, dynamic in ((torch.randn(4, 20), True), (torch.randn(2, 3, 20, requires_grad=True), False)):
+        torch.library.opcheck(op, (x, *blocks, 9, 20, scale, bias, "gelu", dynamic))
 
 
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
@@ -616,20 +615,6 @@ def test_masks_of_torch_count_as_zeros():
     fast = swapped(model.eval())
     assert type(fast[2]) is BlockSparseLinear
     assert fast[2].stored == int(occupied(mask, (16, 4)).sum())
-
-
-@pytest.mark.parametrize(("share", "alone"), [(0.08, True), (0.3, False)])
-def test_a_sparse_layer_leaves_its_chain_where_that_is_faster(share, alone):
-    """256 x 256 at 90 % of zeros: measured 1.4 to 2.7 times faster than the whole MLP in one launch at 1024 rows."""
-    model = rz.RewardMLP(17, 6, (256, 256)).eval().requires_grad_(False)
-    model.net[2].weight.copy_(pruned_linear(256, 256, share=share).weight)
-    fast = swapped(model)
-    assert (type(fast.net[2]) is BlockSparseLinear) == alone
-    launches = [e.why for e in rz.explain(fast) if "one launch" in e.why]
-    assert len(launches) == (0 if alone else 3)
-    rows = torch.randn(40, 17), torch.randn(40, 6)
-    exact = model(*rows)
-    assert (fast(*rows) - exact).norm() / exact.norm() < 0.05
 
 
 def test_restored_layers_are_dense_again():

@@ -52,8 +52,8 @@ def run(request):
 
 @pytest.mark.parametrize(("m", "n", "k", "why"), SHAPES + MORE, ids=lambda v: v if isinstance(v, str) else "")
 def test_every_tail(run, m, n, k, why, device, poisoned):
-    if run is triton_sparse_rows_linear and m * n > 5000:
-        n = 4  # the interpreter takes a program an output and 8 rows
+    if run is triton_sparse_rows_linear:
+        m, n = min(m, 20), min(n, 9)  # the interpreter takes a program an output and 8 rows
     x = torch.randn(m, k, device=device)
     q, *stored, scale, bias, dense_scale = sparse_rows(n, k, device)
     for activation, b in (("relu", bias), ("none", None)):
@@ -63,7 +63,7 @@ def test_every_tail(run, m, n, k, why, device, poisoned):
 @pytest.mark.parametrize("values", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 3, 20])
 def test_float_values(run, values, m, device, poisoned):
-    q, *stored, scale, bias, ones = sparse_rows(37, 50, device, values)
+    q, *stored, scale, bias, ones = sparse_rows(9, 50, device, values)
     for dtype in DTYPES:
         x = torch.randn(m, 50, device=device).to(dtype)
         assert_linear(run(x, *stored, scale, 50, bias, "relu"), x, q, ones, bias, "relu")
@@ -73,12 +73,12 @@ def test_float_values(run, values, m, device, poisoned):
 @pytest.mark.parametrize("kept", [0.0, 0.005, 1.0])
 def test_corners(run, m, kept, device, poisoned):
     """Nothing left at all, one nonzero here and there, nothing pruned."""
-    q, *stored, scale, bias, _ = sparse_rows(70, 33, device, kept=kept)
+    q, *stored, scale, bias, _ = sparse_rows(10, 33, device, kept=kept)
     x = torch.randn(m, 33, device=device)
     y = run(x, *stored, scale, 33, bias, "none")
     assert_linear(y, x, q, scale, bias)
     if kept == 0:
-        assert torch.equal(y, bias.expand(m, 70))
+        assert torch.equal(y, bias.expand(m, 10))
 
 
 def test_all_nonzeros_in_the_last_input(run, device, poisoned):
@@ -93,7 +93,7 @@ def test_all_nonzeros_in_the_last_input(run, device, poisoned):
 @pytest.mark.parametrize("activation", [*activations.ACTIVATIONS, "leaky_relu:0.3", "elu:0.7"])
 def test_activations(activation, device, poisoned):
     x = torch.randn(7, 48, device=device)
-    q, *stored, scale, bias, _ = sparse_rows(33, 48, device)
+    q, *stored, scale, bias, _ = sparse_rows(5, 48, device)
     for call in (sparse_rows_linear, triton_sparse_rows_linear):
         assert_linear(call(x, *stored, scale, 48, bias, activation), x, q, scale, bias, activation)
 
@@ -101,7 +101,7 @@ def test_activations(activation, device, poisoned):
 @pytest.mark.parametrize("m", [2, 16, 17, 40])
 def test_a_row_does_not_depend_on_the_others(run, m, device):
     """Bit for bit, over all batch sizes; the reference leaves the order of its sums to torch."""
-    _, *stored, scale, bias, _ = sparse_rows(40, 70, device)
+    _, *stored, scale, bias, _ = sparse_rows(9, 70, device)
     x = torch.randn(m, 70, device=device)
     y = run(x, *stored, scale, 70, bias, "relu")
     alone = run(x[-1:], *stored, scale, 70, bias, "relu")
@@ -289,7 +289,7 @@ def test_what_cannot_be_made():
 def test_where_it_wins():
     assert "from 95 % on" in SparseRowsLinear.wins((1024, 1024), 0.95, "cpu", "float")
     assert SparseRowsLinear.wins((1024, 1024), 0.95, "cpu", "dynamic") is None
-    assert "from 99 % on" in SparseRowsLinear.wins((1024, 1024), 0.99, "cpu", "dynamic")
+    assert "from 98 % on" in SparseRowsLinear.wins((1024, 1024), 0.98, "cpu", "dynamic")
     assert SparseRowsLinear.wins((1024, 1024), 0.94, "cpu", "float") is None
     assert SparseRowsLinear.wins((256, 256), 0.99, "cpu", "float") is None
     assert SparseRowsLinear.wins((1024, 1024), 0.99, "cuda", "float") is None

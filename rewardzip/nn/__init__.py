@@ -6,4 +6,5 @@ from .grid_linear import GridLinear as GridLinear
 from .int8_linear import Int8Linear as Int8Linear
 from .shared_linear import SharedLinear as SharedLinear
 from .sparse24_linear import Sparse24Linear as Sparse24Linear
+from .sparse_linear import SparseLinear as SparseLinear
 from .sparse_rows_linear import SparseRowsLinear as SparseRowsLinear

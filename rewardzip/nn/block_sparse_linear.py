@@ -22,7 +22,8 @@ from rewardzip_kernels.blocks import (
 )
 from rewardzip_kernels.loading import settled
 
-from .base import CompressedLinear, check_source
+from .base import check_source
+from .sparse_linear import SparseLinear
 
 Values = Literal["int8", "float16", "bfloat16"]
 Rows = Literal["float", "dynamic"]
@@ -30,7 +31,7 @@ Rows = Literal["float", "dynamic"]
 BLOCK = (16, 4)
 
 
-class BlockSparseLinear(CompressedLinear):
+class BlockSparseLinear(SparseLinear):
     """Blocks of outputs x inputs in int8 with a scale per output, or in 16 bits; see
     ``rewardzip_kernels.block_sparse_linear`` for the numerics.
 
@@ -124,10 +125,8 @@ class BlockSparseLinear(CompressedLinear):
         if bias is not None and self.fp32_bias is not None:
             self.fp32_bias.copy_(bias)
 
-    @property
-    def weight(self) -> Tensor:
-        dense = to_dense(self.blocks, self.out_features, self.in_features).float()
-        return (dense if self.scale is None else dense * self.scale[:, None]).to(self.dtype)
+    def unpacked(self) -> Tensor:
+        return to_dense(self.blocks, self.out_features, self.in_features)
 
     def weight_bytes(self) -> int:
         """The stored blocks, an index of four bytes each, and where each block row begins."""

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from rewardzip_kernels import quantize_rows, sparse24_linear
 from rewardzip_kernels.loading import settled
-from rewardzip_kernels.mlp_layout import MAX_WIDTH
 from rewardzip_kernels.sparse24_layout import broken_groups, pack, places, unpack, width
 
-from .base import CompressedLinear, check_source
+from .base import check_source
+from .sparse_linear import SparseLinear
 
 Values = Literal["int8", "float16", "bfloat16"]
 
+# beyond this no call takes a whole MLP
+SMALLEST = 1 << 20
 
-class Sparse24Linear(CompressedLinear):
+
+class Sparse24Linear(SparseLinear):
     """At most 2 nonzeros in every 4 inputs of an output; see ``rewardzip_kernels.sparse24_linear`` for the numerics.
 
     values: what the nonzeros are stored in; "int8" has a scale per output. rows: "float" keeps x as it is, "dynamic"
@@ -71,10 +74,10 @@ class Sparse24Linear(CompressedLinear):
     def wins(cls, shape: tuple[int, int], sparsity: float, device: str, rows: str) -> str | None:
         """Why this is faster than dense int8 for a weight [out, in] that fits, None where it was not measured to be.
 
-        ``benchmarks/results/amd-epyc-zen5/sparse24-1-thread.json``; no GPU was measured. Layers that may be part of
-        one launch for a whole MLP gain more there.
+        ``benchmarks/results/amd-epyc-zen5/sparse24-1-thread.json``; no GPU was measured. Smaller layers win too,
+        alone, and lose to one call for a whole MLP, which they may be part of.
         """
-        if device != "cpu" or min(shape) <= MAX_WIDTH:
+        if device != "cpu" or shape[0] * shape[1] < SMALLEST:
             return None
         return "2 of every 4 inputs are zero: half the products, 5 bits a weight"
 
@@ -117,10 +120,8 @@ class Sparse24Linear(CompressedLinear):
         """5 bits a weight of int8, 9 of 16 bits, the inputs filled up to a multiple of 8."""
         return self.packed_values.numel() * self.packed_values.element_size() + self.indices.numel()
 
-    @property
-    def weight(self) -> Tensor:
-        weight = unpack(self.packed_values, self.indices, self.in_features).float()
-        return (weight if self.scale is None else weight * self.scale[:, None]).to(self.dtype)
+    def unpacked(self) -> Tensor:
+        return unpack(self.packed_values, self.indices, self.in_features)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
         return sparse24_linear(input, *self._numbers(), activation, self._compute_dtype())

@@ -194,7 +194,8 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
     block_m = max(16, triton.next_power_of_2(m)) if k % (8 * block_b) == 0 else 16
     if triton.cdiv(m, 64) * triton.cdiv(n, 64) < 128 or block_m < 64:
         return Tile(min(32, block_m), 32, block_b, 4, 3)
-    return Tile(64, 64, block_b, 4, 3)
+    # two stages of fp32 rows: three would be 80 KB on a chip that has 64
+    return Tile(64, 64, block_b, 4, 2 if x_bytes == 4 else 3)
 
 
 class Plan(NamedTuple):
