@@ -156,7 +156,6 @@ def test_a_killed_search_goes_on_where_it_was(case, tmp_path):
     RUNS.clear()
     found = find(case, recipes[:3], folder=tmp_path)
     assert [step for step in RUNS if step.steps == 5] == [Cut(192, steps=5)], "the first two were measured already"
-    assert found.recipe[0].gone == 192
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert len({line["key"] for line in lines[1:]}) == len(lines) - 1
     # a finished one answers from what it has, and makes the model again

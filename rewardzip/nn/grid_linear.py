@@ -85,6 +85,9 @@ class GridLinear(CompressedLinear):
         weight, bias = self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
         return activations.apply(F.linear(input, weight, bias), activation)
 
+    def weight_bytes(self) -> int:
+        return self.codes.numel()
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
