@@ -216,6 +216,8 @@ def _longest(
     """The longest beginning of a run that is one launch, and of which kind."""
     for length in range(len(run), 1, -1):
         steps = [step for step, _ in run[:length]]
+        if steps[-1].norm:  # the ops know none behind the last layer
+            continue
         linears = [module.get_submodule(step.layer) for step in steps]
         if fits(linears):
             return Chain, run[:length]
@@ -225,6 +227,8 @@ def _longest(
             return Head, run[:length]
     # up to the first layer that has a call of its own
     dense = list(takewhile(lambda part: type(module.get_submodule(part[0].layer)) is not BlockSparseLinear, run))
+    while dense and dense[-1][0].norm:
+        dense.pop()
     if len(dense) > 2 and follow([module.get_submodule(step.layer) for step, _ in dense]):
         return Wide, dense
     return None, []

@@ -326,3 +326,16 @@ def test_a_wide_head_in_one_launch_is_its_two_layers(activation):
 def test_explain_names_the_launch():
     told = rz.explain(rz.swap(rz.RewardMLP(17, 6), rz.Int8()))
     assert [layer.op for layer in told] == ["fused_mlp", "fused_mlp", "fused_mlp"]
+
+
+@pytest.mark.parametrize("widths", [(31, 17), (31, 20, 17), (300, 270, 17), (300, 270, 20, 17)])
+@pytest.mark.parametrize("rows", ["float", "dynamic"])
+def test_a_layer_norm_at_the_end_stays_outside(widths, rows):
+    layers = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise((10, *widths[:-1]))]
+    layers = [part for layer in layers for part in layer]
+    last = nn.Linear(widths[-2], widths[-1]), nn.LayerNorm(widths[-1]), nn.GELU()
+    model = nn.Sequential(*layers, *last).requires_grad_(False)
+    fast = rz.swap(model, rz.Int8(activations=None if rows == "float" else rows))
+    x = torch.randn(5, 10)
+    for _ in range(2):
+        assert (fast(x) - model(x)).norm() < 0.1 * model(x).norm()
