@@ -46,7 +46,7 @@ audit: $(VENV)/ready
 # the robustness run, for so many seconds
 SECONDS ?= 600
 soak: $(VENV)/ready
-	PYTHONPATH=.:kernels:tests $(BIN)/python tests/soak.py --seconds $(SECONDS)
+	PYTHONPATH=.:kernels:tests $(BIN)/python tests/soak.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 docs: $(VENV)/ready
 	$(BIN)/python benchmarks/plots.py
