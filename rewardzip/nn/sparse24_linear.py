@@ -88,13 +88,7 @@ class Sparse24Linear(SparseLinear):
             raise ValueError(
                 f"Sparse24Linear: {broken} of the {groups} groups of 4 inputs of {linear} have more than 2 nonzeros"
             )
-        largest = torch.finfo(weight.dtype if self.values == "int8" else getattr(torch, self.values)).max
-        bad = int((~(weight.abs() <= largest)).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"Sparse24Linear: {bad} of the {self.out_features} outputs of {linear} have weights that are inf, NaN "
-                f"or beyond {largest:g}"
-            )
+        self.check_range(linear, weight)
         return weight, bias
 
     def refresh(self, linear: nn.Linear) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .base import CompressedLinear
@@ -23,6 +24,16 @@ class SparseLinear(CompressedLinear):
     def weight(self) -> Tensor:
         dense = self.unpacked().float()
         return (dense if self.scale is None else dense * self.scale[:, None]).to(self.dtype)
+
+    def check_range(self, linear: nn.Linear, weight: Tensor) -> None:
+        """ValueError where a weight of ``linear`` is no number that the values can hold."""
+        largest = torch.finfo(weight.dtype if self.values == "int8" else getattr(torch, self.values)).max
+        bad = int((~(weight.abs() <= largest)).any(1).sum())
+        if bad:
+            raise ValueError(
+                f"{type(self).__name__}: {bad} of the {self.out_features} outputs of {linear} have weights that are "
+                f"inf, NaN or beyond {largest:g}"
+            )
 
     def filled(self) -> nn.Module:
         """The layer that computes the same with the zeros among its weights: in int8 where the values are."""

@@ -86,13 +86,7 @@ class SparseRowsLinear(SparseLinear):
         count = int((weight != 0).sum())
         if count > self.nonzeros:
             raise ValueError(f"refresh: the dense layer has {count} nonzeros, the packed one room for {self.nonzeros}")
-        largest = torch.finfo(weight.dtype if self.values == "int8" else getattr(torch, self.values)).max
-        bad = int((~(weight.abs() <= largest)).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"SparseRowsLinear: {bad} of the {self.out_features} outputs of {linear} have weights that are inf, "
-                f"NaN or beyond {largest:g}"
-            )
+        self.check_range(linear, weight)
         return weight, bias
 
     def refresh(self, linear: nn.Linear) -> None:

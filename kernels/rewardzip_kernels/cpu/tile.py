@@ -40,16 +40,19 @@ class Dense:
 
     def step(self, builder, acc, x_rows, x_at, w, outputs):
         """acc [rows][vectors] after one step; ``w`` is where its weights begin, a vector's first output in outputs."""
-        vector = ir.VectorType(I32, self.isa.lanes)
-        raw = [read(builder, w, builder.mul(output, I64(4)), vector) for output in outputs]
+        stored = [self.stored(builder, w, output) for output in outputs]
         for part in range(self.parts):
-            weights = [self.weights(builder, v, part) for v in raw]
+            weights = [self.weights(builder, v, part) for v in stored]
             inputs = [self.inputs_of(builder, row, x_at, part) for row in x_rows]
             acc = [
                 [self.dot(builder, a, x_r, weight) for a, weight in zip(sums_r, weights, strict=True)]
                 for sums_r, x_r in zip(acc, inputs, strict=True)
             ]
         return acc
+
+    def stored(self, builder, w, output):
+        """What ``weights`` takes its parts from: here all four weights of a vector of outputs."""
+        return read(builder, w, builder.mul(output, I64(4)), ir.VectorType(I32, self.isa.lanes))
 
 
 class Int8(Dense):
@@ -111,17 +114,11 @@ class Whole(Float):
     def __init__(self, isa: InstructionSet):
         self.isa, self.rows = isa, isa.rows
 
-    def step(self, builder, acc, x_rows, x_at, w, outputs):
-        vector = ir.VectorType(F32, self.isa.lanes)
-        for part in range(4):
-            at = [builder.mul(builder.add(output, I64(part * PANEL)), I64(4)) for output in outputs]
-            weights = [read(builder, w, place, vector) for place in at]
-            inputs = [self.inputs_of(builder, row, x_at, part) for row in x_rows]
-            acc = [
-                [self.dot(builder, a, x_r, weight) for a, weight in zip(sums_r, weights, strict=True)]
-                for sums_r, x_r in zip(acc, inputs, strict=True)
-            ]
-        return acc
+    def stored(self, builder, w, output):
+        return builder.gep(w, [builder.mul(output, I64(4))])
+
+    def weights(self, builder, w, part):
+        return read(builder, w, I64(4 * PANEL * part), ir.VectorType(F32, self.isa.lanes))
 
 
 class WholeFloat16(Whole):
