@@ -134,7 +134,6 @@ def fit(
         if best["weights"]:
             model.load_state_dict(best["weights"])
     finally:
-        team.leave()
         for module, training in flags.items():
             module.training = training
     return losses

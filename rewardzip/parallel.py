@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -11,14 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Team:
-    """Joins the process group there is, or the one that torchrun's environment describes."""
+    """Joins the process group there is, or the one that torchrun's environment describes.
+
+    What was joined is left when the process ends: a group can be set up only once from torchrun's
+    environment, and one that ends with a DistributedDataParallel module still there can hang.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.started = device, False
+        self.device = device
         ready = dist.is_available() and dist.is_initialized()
         if not ready and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            ready = self.started = True
+            atexit.register(_leave)
+            ready = True
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -49,6 +55,7 @@ class Team:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        if self.started:
-            dist.destroy_process_group()
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
