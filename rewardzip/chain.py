@@ -8,19 +8,21 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from rewardzip_kernels import activations, fused_mlp, reward_head
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
+from rewardzip_kernels.registration import transforms
 from rewardzip_kernels.reward_head import MAX_OUT
 
+from .guided import Guided, wanted
 from .nn import BlockSparseLinear, CompressedLinear, Int8Linear, SparseLinear
 from .shortcut import Shortcut
 
@@ -46,7 +48,7 @@ class Step:
 
 @dataclass
 class _Packed:
-    stamp: tuple[int, ...]
+    changed: Callable[[], bool]
     weights: Tensor
     params: Tensor
     layers: str
@@ -69,11 +71,18 @@ class Chain:
         self.compressed, self.dense, self.is_training = (
             self.shortcut.compressed, self.shortcut.dense, self.shortcut.is_training,
         )  # fmt: skip
-        self.watch()
+        self.route, self.guided = self.shortcut.straight, Guided(self)
+        self.guidable = self.compute_dtype in (None, torch.float32, torch.int8)
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        y = self.shortcut(inputs) if dim == -1 else None
-        return self.run(inputs, dim) if y is None else y
+        # what is settled is not looked at in a traced call: it may be settled anew
+        slow = is_dynamo_compiling() or (dim != -1 and dim != inputs[0].dim() - 1)
+        y = None if slow else self.route.quick(*inputs)
+        if y is not None:
+            return y
+        if self.guidable and dim in (-1, inputs[0].dim() - 1) and wanted(inputs):
+            return self.guided(inputs)
+        return self.run(inputs, dim)
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         """A call that has to look at everything."""
@@ -82,12 +91,14 @@ class Chain:
         # on a GPU, rounding rows between layers in one launch would be slower than what it saves
         if self.is_training() or (self.rounds_rows and inputs[0].is_cuda):
             return self.one_by_one(*inputs)
-        widths = tuple([x.shape[-1] for x in inputs])
+        widths = tuple([int(x.shape[-1]) for x in inputs])
         packed = self.packed.get(widths)
         if is_compiling():
             if packed is None:
                 return self.one_by_one(*inputs)
-        elif packed is None or packed.stamp != self.stamp():
+        elif packed is None or packed.changed():
+            if transforms() is not None:  # numbers lent for this call
+                return self.one_by_one(*inputs)
             packed = self.pack(widths)
         compute = compute_for(inputs[0], self.compute_dtype)
         y = fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
@@ -105,33 +116,15 @@ class Chain:
                 x = activations.apply(x, step.activation)
         return x
 
-    def stamp(self) -> tuple[int, ...]:
-        """Other than before whenever a number of the layers may be: counters only grow, so their sum tells."""
-        total, addresses = 0, []
-        for layer in self.compressed:
-            total += layer.changes
-        for buffer in self.buffers:
-            total += buffer._version
-        for parameter in self.dense():
-            total += 0 if parameter.is_inference() else parameter._version
-            # other storage under the same parameter is no change it counts
-            addresses.append(parameter.data_ptr())
-        return total, *addresses
-
-    def watch(self) -> None:
-        """Find the buffers that hold the numbers now; those made in inference mode count no changes."""
-        self.buffers = [b for layer in self.compressed for b in layer.buffers() if not b.is_inference()]
-
     def pack(self, widths: tuple[int, ...]) -> _Packed:
         """The layers' numbers in flat tensors: in those there are, so that captured graphs see them, or in new ones."""
-        self.watch()
-        stamp, layers = self.stamp(), self.describe(widths)
+        changed, layers = self.shortcut.look().is_other(), self.describe(widths)
         with torch.no_grad():
             weights, params = pack([self.numbers()], layers)
         old = self.packed.get(widths)
         if old is not None and old.weights.device == weights.device:
             weights, params = old.weights.copy_(weights), old.params.copy_(params)
-        self.packed[widths] = _Packed(stamp, weights, params, layers)
+        self.packed[widths] = _Packed(changed, weights, params, layers)
         return self.packed[widths]
 
     def take_over(self, old: Chain) -> None:
@@ -241,7 +234,7 @@ class Wide(Chain):
             described = self.describe(tuple([x.shape[-1] for x in inputs]))
             self.shortcut.settle(inputs, described, compute_for(inputs[0], self.compute_dtype))
             # the same numbers from the first call on
-            y = self.shortcut(inputs)
+            y = None if is_compiling() else self.route.quick(*inputs)
             if y is not None:
                 return y
         return self.one_by_one(*inputs)

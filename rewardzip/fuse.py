@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
+from . import direct
 from .chain import Chain, Head, Pruned, Step, Wide, fits, fits_for_few, follow, is_head, joined
 from .nn import BlockSparseLinear, CompressedLinear, Int8Linear
 from .trace import read
@@ -346,6 +347,9 @@ def _install(
         "chains": list(chains.values()),
         "whole": chains["_chain_0"] if whole else None,
     }
+    call = None if defaults else direct.find(module, graph, chains)
+    if call is not None:
+        names["__call__"] = call
     module.__class__ = _subclass(kind, {**names, **chains})
 
 

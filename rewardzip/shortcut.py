@@ -14,16 +14,28 @@ from torch.compiler import is_compiling
 
 from rewardzip_kernels.fused_mlp import network
 from rewardzip_kernels.mlp_layout import Linear
-from rewardzip_kernels.registration import nobody_listens
+from rewardzip_kernels.registration import modes, nobody_listens, tracing, transforms
 
 from .nn import CompressedLinear
-from .nn.base import SHAPES_KEPT, Epoch
+from .nn.base import SHAPES_KEPT
+from .nn.watch import Watch
 
-_version, _data_ptr = Tensor._version.__get__, Tensor.data_ptr  # type: ignore[attr-defined]
+Quick = Callable[..., Tensor | None]
+
+
+class Route:
+    """The calls settled by the shape of their first input, and the function that finds them while they are right."""
+
+    def __init__(self) -> None:
+        self.calls: dict[torch.Size, Quick | None] = {}
+        self.quick: Quick = _nothing_settled
 
 
 class Shortcut:
-    """For layers with their norms, whoever's they are; ``numbers`` gives what they hold now, member by member."""
+    """For layers with their norms, whoever's they are; ``numbers`` gives what they hold now, member by member.
+
+    ``straight`` gives what the launch gives, ``flat`` the same without the last dimension, which is one number.
+    """
 
     def __init__(
         self, parts: list[nn.Module], numbers: Callable[[], list[list[Linear]]], members: int | None, reduce: str
@@ -32,24 +44,18 @@ class Shortcut:
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
         # a dense layer's tables, not what is in them: a parameter may be replaced by another
         self.tables = [m._parameters for m in parts if not isinstance(m, CompressedLinear)]
-        self.calls: dict[torch.Size, Callable[..., Tensor | None] | None] = {}
+        self.straight, self.flat = Route(), Route()
+        self.arity, self.watch, self.changed = 0, self.look(), lambda: True
         self.networks: dict[tuple[int, ...], Any] = {}
-        self.settled: tuple[int, list[Tensor], int, list[Any]] = (-1, [], 0, [])
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """The outputs, where such a call has been settled and nothing has changed since."""
-        x = inputs[0]
-        # sizes that are free in a traced call cannot be looked up
-        call = None if is_compiling() else self.calls.get(x.shape)
-        if call is None or not nobody_listens(inputs if len(inputs) > 1 else x):
-            return None
-        epoch, watched, versions, held = self.settled
-        if Epoch.count != epoch or sum(map(_version, watched)) != versions:
-            return None
-        for table, name, parameter, address in held:
-            if table.get(name) is not parameter or _data_ptr(parameter) != address:
-                return None
-        return None if is_grad_enabled() and self.is_training() else call(*inputs)
+    def look(self) -> Watch:
+        return Watch([*(m._buffers for m in self.compressed), *self.tables])
+
+    def forget(self, arity: int) -> None:
+        self.arity, self.watch, self.networks = arity, self.look(), {}
+        self.changed = self.watch.is_other()
+        for route in (self.straight, self.flat):
+            Route.__init__(route)
 
     def is_training(self) -> bool:
         return is_grad_enabled() and any(p.requires_grad for p in self.dense())
@@ -62,29 +68,46 @@ class Shortcut:
         x = inputs[0]
         if not x.is_cpu or compute not in (torch.float32, torch.int8) or is_compiling() or not nobody_listens(inputs):
             return
-        entries = [(table, name, p) for table in self.tables for name, p in table.items() if p is not None]
-        held = [(table, name, p, p.data_ptr()) for table, name, p in entries]
-        epoch, buffers = Epoch.count, [b for layer in self.compressed for b in layer.buffers()]
-        # what was made in inference mode counts no changes
-        sources = [t for t in (*buffers, *self.dense()) if not t.is_inference()]
-        versions = [t._version for t in sources]
-        before = self.settled
-        # buffers are the same ones for as long as the epoch is
-        same = epoch == before[0] and sum(map(_version, before[1])) == before[2]
-        if not same or [(id(p), at) for *_, p, at in held] != [(id(p), at) for *_, p, at in before[3]]:
-            self.calls, self.networks = {}, {}
-        if x.shape in self.calls:
+        if len(inputs) != self.arity or self.changed():
+            self.forget(len(inputs))
+        # what another thread settles meanwhile has its own
+        calls, flat, networks, watch = self.straight.calls, self.flat.calls, self.networks, self.watch
+        if x.shape in calls:
             return
-        if len(self.calls) == SHAPES_KEPT:
-            self.calls = {}
+        if len(calls) == SHAPES_KEPT:
+            calls.clear()
+            flat.clear()
         widths = tuple(x.shape[-1] for x in inputs)
-        found = self.networks.get(widths)
+        found = networks.get(widths)
         if found is None:
             found = network(self.numbers(), layers, self.members, self.reduce, compute)
             if found is None:
                 return
-            self.networks[widths] = found
-        live = {id(t) for t in found.live}
-        kept = [(t, version) for t, version in zip(sources, versions, strict=True) if id(t) not in live]
-        self.settled = epoch, [t for t, _ in kept], sum(version for _, version in kept), held
-        self.calls[x.shape] = found.bound([x.shape for x in inputs])
+            networks[widths] = found
+        shapes = [x.shape for x in inputs]
+        calls[x.shape], flat[x.shape] = found.bound(shapes), found.bound(shapes, flat=True)
+        if self.straight.quick is _nothing_settled:
+            changed = watch.changed({id(t) for t in found.live})
+            self.straight.quick, self.flat.quick = (self.guarded(table.get, watch, changed) for table in (calls, flat))
+
+    def guarded(self, find: Callable[[torch.Size], Any], watch: Watch, changed: str) -> Quick:
+        """The settled call of these inputs, if there is one and nothing has changed; otherwise it gives None."""
+        inputs = [f"x{i}" for i in range(self.arity)]
+        unlike = " or ".join(f"type({x}) is not Tensor" for x in inputs)
+        parameters = [name for name, t in watch.names.items() if isinstance(t, nn.Parameter)]
+        learning = " or ".join(f"{name}.requires_grad" for name in (*inputs, *parameters))
+        source = f"""
+def f({", ".join(f"{x}=None" for x in inputs)}, *more):
+    if more or {unlike}:
+        return None
+    call = find(x0.shape)
+    if call is None or modes() or transforms() is not None or tracing() is not None or {changed} or (grads() and ({learning})):
+        return None
+    return call({", ".join(inputs)})
+"""
+        listening = {"modes": modes, "transforms": transforms, "tracing": tracing, "grads": is_grad_enabled}
+        return watch.function(source, find=find, Tensor=Tensor, **listening)
+
+
+def _nothing_settled(*inputs: Tensor) -> Tensor | None:
+    return None

@@ -90,10 +90,11 @@ def _read(frame: FrameType, event: str, _: Any) -> None:
 
 
 def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    name = str(frame.f_globals.get("__name__", ""))
+    return name if name in _TRUSTED else name.partition(".")[0]
 
 
-_TRUSTED = {"torch", *sys.stdlib_module_names} - {"__main__"}
+_TRUSTED = {"torch", "rewardzip.direct", *sys.stdlib_module_names} - {"__main__"}
 
 # what reads differently, or is not seen to be read, while proxies stand for tensors
 _HIDDEN = {"training", "isinstance", "hasattr", "callable"}

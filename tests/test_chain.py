@@ -119,7 +119,7 @@ def test_wide_layers_are_one_call_on_a_cpu(rows, config):
     for layer in fast:
         expected = layer(expected)
     first, again = fast(x), fast(x)
-    assert fast.whole.shortcut.calls[x.shape]
+    assert fast.whole.shortcut.straight.calls[x.shape]
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(first, again)
     assert torch.equal(fast(x[:1]), first[:1]), "a row is itself whatever the batch"
@@ -143,6 +143,41 @@ def test_gradients_reach_inputs_and_dense_layers_in_training():
     fast[4].requires_grad_(True)
     fast(x).sum().backward()
     assert fast[4].weight.grad.abs().sum() > 0, "a dense layer of a chain can be trained"
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 3)])
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+@pytest.mark.parametrize("widths", [(6, 16, 16, 1), (6, 300, 270, 2)])
+def test_gradients_are_the_dense_models(widths, activations, rows):
+    layers = [part for k, n in pairwise(widths) for part in (nn.Linear(k, n), nn.LayerNorm(n), nn.Mish())]
+    fast = rz.swap(nn.Sequential(*layers[:-2]).requires_grad_(False), rz.Int8(activations=activations))
+    same = rz.restore(fast).requires_grad_(False)
+    x = torch.randn(*rows, 6, requires_grad=True)
+    for _ in range(2):
+        y = fast(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (expected,) = torch.autograd.grad(same(x).sum(), x, create_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+        twice, expected = (torch.autograd.grad(g.square().sum(), x)[0] for g in (gradient, expected))
+        torch.testing.assert_close(twice, expected, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            # the rounding of rows is in the value
+            torch.testing.assert_close(y, fast(x), rtol=1e-5, atol=1e-5)
+            fast[0].scale.mul_(1.5)
+            same[0].weight.mul_(1.5)
+    through = torch.func.grad(lambda row: fast(row).sum())(x.detach())
+    torch.testing.assert_close(through, torch.func.grad(lambda row: same(row).sum())(x.detach()), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_a_rounded_launch_that_ends_in_an_activation():
+    fast = rz.swap(mlp(6, 16, 16, 3, last=nn.Sigmoid()).requires_grad_(False), rz.Int8(activations="dynamic"))
+    x = torch.randn(5, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fast(x).sum(), x)
+    (expected,) = torch.autograd.grad(rz.restore(fast)(x).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(fast(x), fast(x.detach()))
+    assert torch.allclose(fast(x), fast(x.detach()), atol=1e-6)
 
 
 def change_buffer(fast):
@@ -211,7 +246,7 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
     x = torch.randn(4, 6)
     before = fast(x)
     assert torch.equal(fast(x), before)
-    assert fast.whole.shortcut.calls, "what is tested is the short way"
+    assert fast.whole.shortcut.straight.calls, "what is tested is the short way"
     change(fast)
     after = fast(x)
     if change is not half_and_back:
@@ -227,7 +262,7 @@ def test_a_settled_call_takes_no_other_inputs():
     fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
     state, action = torch.randn(5, 17), torch.randn(5, 6)
     y = fast(state, action)
-    assert fast.net.whole.shortcut.calls
+    assert fast.net.whole.shortcut.straight.calls
     for s, a in (
         (state.half(), action.half()),
         (state.t().contiguous().t(), action.t().contiguous().t()),

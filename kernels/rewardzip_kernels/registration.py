@@ -17,9 +17,9 @@ library = torch.library.Library("rewardzip", "DEF")
 
 Function = Callable[..., Any]
 
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
+modes = torch._C._len_torch_dispatch_stack
+transforms = torch._C._functorch.peek_interpreter_stack
+tracing = torch._C._get_tracing_state
 
 
 def nobody_listens(x: Any) -> bool:
@@ -31,7 +31,7 @@ def nobody_listens(x: Any) -> bool:
         for tensor in x if type(x) in (list, tuple) else (x,):
             if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
                 return False
-    return not _modes() and _transforms() is None and _tracing() is None
+    return not modes() and transforms() is None and tracing() is None
 
 
 def register(
@@ -61,8 +61,9 @@ def register(
     library.impl(name, gpu, "CUDA")
     library.impl(name, cpu, "CPU")
     torch.library.register_fake(f"rewardzip::{name}", checked_fake, lib=library)
-    torch.library.register_autograd(f"rewardzip::{name}", backward, setup_context=setup_context, lib=library)
     op = getattr(torch.ops.rewardzip, name).default
+    torch.library.register_vmap(f"rewardzip::{name}", _rowwise(op), lib=library)
+    torch.library.register_autograd(f"rewardzip::{name}", backward, setup_context=setup_context, lib=library)
 
     def call(*args: Any) -> Any:
         x = args[0]
@@ -75,3 +76,27 @@ def register(
         return cpu(*args) if x.is_cpu else op(*args)
 
     return call
+
+
+def _rowwise(op: Any) -> Function:
+    """The op under ``torch.vmap``: a batch of rows is more rows, a batch of weights is one call for each."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], rows: Any, *rest: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        if any(dim is not None for dim in in_dims[1:]):
+            each = [[_pick(a, d, i) for a, d in zip((rows, *rest), in_dims, strict=True)] for i in range(size)]
+            return torch.stack([op(*arguments) for arguments in each]), 0
+        several = isinstance(rows, list)
+        pairs = zip(rows, in_dims[0], strict=True) if several else [(rows, in_dims[0])]
+        ahead = [x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+        y = op(ahead if several else ahead[0], *rest)
+        # members, or their mean and deviation, stand before the rows
+        return y, y.dim() - ahead[0].dim()
+
+    return rule
+
+
+def _pick(argument: Any, dim: Any, i: int) -> Any:
+    if isinstance(argument, list) and dim is not None:
+        return [_pick(a, d, i) for a, d in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, i)

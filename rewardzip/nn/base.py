@@ -13,14 +13,10 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from rewardzip_kernels.registration import nobody_listens
 
+from .watch import Watch
+
 # shapes whose calls are kept settled; more than these are no loop of a planner's
 SHAPES_KEPT = 64
-
-
-class Epoch:
-    """How often a buffer of any compressed layer has been replaced: while it stands still, so do all of them."""
-
-    count = 0
 
 
 class CompressedLinear(nn.Module):
@@ -39,9 +35,6 @@ class CompressedLinear(nn.Module):
     remark: str = ""
     """What a reader of ``explain`` should know of how the layer is kept or computed."""
 
-    changes: int = 0
-    """Grows whenever a buffer is replaced by another; changes in place are counted by the buffers themselves."""
-
     policy: str = ""
     """The policy of stable-baselines3 that the layer is in: see ``refusals.py``."""
 
@@ -58,9 +51,7 @@ class CompressedLinear(nn.Module):
         self._changed()
 
     def _changed(self) -> None:
-        self.__dict__["changes"] = self.changes + 1
         self.__dict__["settled"] = {}
-        Epoch.count += 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "settled"}
@@ -80,8 +71,13 @@ class CompressedLinear(nn.Module):
             call = self.settle(input.shape, activation)
             others = self.settled if len(self.settled) < SHAPES_KEPT else {}
             if call is not None:
-                self.__dict__["settled"] = {**others, (input.shape, activation): call}
+                self.__dict__["settled"] = {**others, (input.shape, activation): self.guarded(call)}
         return y
+
+    def guarded(self, call: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        """None where a buffer is another, if only for this call; which were written to, ``call`` sees."""
+        watch = Watch([self._buffers])
+        return watch.function(f"def f(x): return None if {' or '.join(watch.replaced)} else call(x)", call=call)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
         raise NotImplementedError

@@ -21,7 +21,7 @@ from . import threads
 from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
-from .mlp_engine import HIDDEN, LAST, build
+from .mlp_engine import HIDDEN, LAST, OWN_SCRATCH, build
 from .packing import Packed, PackedFloats
 from .tile import PANEL, BFloat16, Float, Float16, Int8, Whole, WholeBFloat16, WholeFloat16
 
@@ -61,8 +61,8 @@ def _bits(value: float) -> int:
 class Network:
     """One MLP, or several of a shape, as the kernel reads them; ``run`` is None where it cannot be compiled.
 
-    Hidden weights are packed. The fp32 tensors are read where they lie if they are dense and a multiple of 16 long, and
-    are then in ``live``: what is written there later, the kernel sees.
+    Hidden weights are packed. The fp32 tensors are read where they lie if they are dense and as long as the kernel
+    reads, and are then in ``live``: what is written there later, the kernel sees.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Network:
             table += piece, start
             start += spread(piece)
         for packed_member, member in zip(self.packed, networks, strict=True):
-            table += self._at(member[-1].weight), self._at(member[-1].bias), _bits(net[-1].parameter)
+            table += self._at(member[-1].weight), self._at(member[-1].bias, 1), _bits(net[-1].parameter)
             for layer, weight, t in zip(net, packed_member, member, strict=False):
                 scale = self._at(t.scale) or self.ones.data_ptr()
                 table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
@@ -119,12 +119,13 @@ class Network:
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
         self.scratch = BLOCK * rows
 
-    def _at(self, tensor: Tensor | None) -> int:
-        """Where the kernel reads this one."""
+    def _at(self, tensor: Tensor | None, quantum: int = 16) -> int:
+        """Where the kernel reads this one, so many values at once."""
         if tensor is None:
             return 0
-        if tensor.dtype is FLOAT and tensor.is_contiguous() and tensor.shape[-1] % 16 == 0:
+        if tensor.dtype is FLOAT and tensor.is_contiguous() and tensor.shape[-1] % quantum == 0:
             self.live.append(tensor)
+            self.copies.append(tensor.detach())  # its memory, should it be given other
             return tensor.data_ptr()
         self.copies.append(torch.nn.functional.pad(tensor.detach().float(), (0, -tensor.shape[-1] % 16)).contiguous())
         return self.copies[-1].data_ptr()
@@ -141,40 +142,38 @@ class Network:
 
         threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
 
-    def bound(self, shapes: list[torch.Size]) -> Callable[..., Tensor | None] | None:
+    def bound(self, shapes: list[torch.Size], flat: bool = False) -> Callable[..., Tensor | None] | None:
         """The network as a function of inputs of these shapes, or None; for others, and all but dense fp32 on a CPU,
-        the function gives None.
+        the function gives None. ``flat``: the one output of a row has no dimension of its own.
         """
         leading = shapes[0][:-1]
-        m, shape = leading.numel(), (*self.leading, *leading, self.outputs)
+        m, shape = leading.numel(), (*self.leading, *leading, *(() if flat else (self.outputs,)))
         fits = [s[-1] for s in shapes] == list(self.pieces) and all(s[:-1] == leading for s in shapes)
-        if self.run is None or not fits or m == 0:
+        if self.run is None or not fits or m == 0 or not shape or (flat and self.outputs > 1):
             return None
-        run, table, size, scratch, address = self.run, self.table_at, self.scratch, threads.scratch, self.address
-        width, few = self.pieces[0], m <= BLOCK or m * self.work < self.parallel_work
-
-        # both hold the network, which owns what the table points to
-        def one(x: Tensor, network: Network = self) -> Tensor | None:
-            if x.dtype is not FLOAT or not x.is_cpu or not x.is_contiguous():
-                return None
-            y = x.new_empty(*shape)
-            if few:
-                run(table, scratch(size), address(x.data_ptr(), width), 0, m, m, y.data_ptr())
-            else:
-                network.rows(address(x.data_ptr(), width), m, y.data_ptr())
-            return y
-
-        def several(*inputs: Tensor, network: Network = self) -> Tensor | None:
-            places: list[int] = []
-            for x, expected in zip(inputs, shapes, strict=True):
-                if x.shape != expected or x.dtype is not FLOAT or not x.is_cpu or not x.is_contiguous():
-                    return None
-                places += x.data_ptr(), expected[-1]
-            y = inputs[0].new_empty(*shape)
-            network.rows(address(*places), m, y.data_ptr())
-            return y
-
-        return one if len(shapes) == 1 else several
+        few = m <= BLOCK or m * self.work < self.parallel_work
+        inputs = [f"x{i}" for i in range(len(shapes))]
+        other = [f"{x}.shape != {x}_shape" for x in inputs[1:]]
+        other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in inputs]
+        places = ", ".join(f"{x}.data_ptr(), {width}" for x, width in zip(inputs, self.pieces, strict=True))
+        scratch = "0" if self.scratch <= OWN_SCRATCH else f"scratch({self.scratch})"
+        run = f"run({self.table_at}, {scratch}, address({places}), 0, {m}, {m}, y.data_ptr())"
+        # written out, since a loop over the inputs takes longer than a row. ``new`` is ``new_empty``, a tenth of a
+        # microsecond faster, but for the shape ()
+        source = f"""
+def call({", ".join(inputs)}):
+    if {" or ".join(other)}:
+        return None
+    y = x0.new{shape}
+    {run if few else f"network.rows(address({places}), {m}, y.data_ptr())"}
+    return y
+"""
+        # the network owns what the table points to
+        known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
+        place: dict[str, Any] = {**known, **{f"{x}_shape": s for x, s in zip(inputs, shapes, strict=True)}}
+        exec(source, place)
+        call: Callable[..., Tensor | None] = place["call"]
+        return call
 
 
 class Plan(Network):

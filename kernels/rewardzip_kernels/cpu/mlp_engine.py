@@ -9,7 +9,7 @@ layer is fp32 in both.
             (LAST) and its hidden layers (HIDDEN); parameters are the bits of an fp32, a missing LayerNorm is gamma 0
     inputs  int64 per input: address, row stride in values
     scratch row scales, the rows as the tile reads them, the rows as fp32, both as wide as the widest layer, and with
-            a mean and deviation the outputs of every member
+            a mean and deviation the outputs of every member; 0 where OWN_SCRATCH bytes on the stack are enough
 """
 
 from llvmlite import ir
@@ -28,6 +28,7 @@ from .tile import PANEL, Float, Int8
 HEADER = ("hidden", "outputs", "widest", "inputs", "columns", "members", "mean_std", "ones", "member_size")
 LAST = ("weight", "bias", "parameter")
 HIDDEN = ("packed", "scale", "bias", "code", "parameter", "gamma", "beta", "eps")
+OWN_SCRATCH = 1 << 15
 
 
 @intrinsic
@@ -91,6 +92,7 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
     take, compute, item, activate = take_rows(kind), sweep(kind, hidden, 16), kind.item, ACTIVATIONS[last]
     finish = finishing(f32, hidden)
     sums_memory = stack(types.int32, kind.rows * PANEL)
+    own_memory = stack(types.int8, OWN_SCRATCH)
     header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
 
     def normalise(layer, h, stride, rows, width, ones, scales):
@@ -119,7 +121,10 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
             load(i64(net), 0), load(i64(net), 1), load(i64(net), 2), load(i64(net), 3), load(i64(net), 4),
             load(i64(net), 5), load(i64(net), 6), load(i64(net), 7), load(i64(net), 8),
         )  # fmt: skip
-        taken, sums = scratch + BLOCK * 4, sums_memory()
+        sums, own = sums_memory(), own_memory()
+        if scratch == 0:
+            scratch = own
+        taken = scratch + BLOCK * 4
         h = taken + BLOCK * widest * item
         ys = h + BLOCK * widest * 4
         for begin in range(first, last_row, BLOCK):

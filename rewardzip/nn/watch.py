@@ -1,0 +1,55 @@
+"""Whether the numbers of some layers are still what they were, asked at every call.
+
+The questions are written out as source: asked in a loop they would take longer than a row's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+from torch import Tensor, nn
+
+Table = Mapping[str, Tensor | None]
+
+
+class Watch:
+    """The tensors in these tables, modules' ``_buffers`` or ``_parameters``, as they are now.
+
+    Replaced, if only for a call (``torch.func.functional_call``), written to, or parameters given other ``data``: it
+    sees all but what was written to tensors made in inference mode, which count no changes.
+    """
+
+    def __init__(self, tables: Iterable[Table]) -> None:
+        self.names: dict[str, Any] = {}
+        self.replaced: list[str] = []
+        self.moved: list[str] = []
+        self.versions: dict[str, int] = {}
+        for i, table in enumerate(tables):
+            self.names[f"t{i}"] = table
+            for j, (key, tensor) in enumerate(table.items()):
+                name = f"t{i}_{j}"
+                self.names[name] = tensor
+                self.replaced.append(f"t{i}.get({key!r}) is not {name}")
+                if isinstance(tensor, nn.Parameter):
+                    self.moved.append(f"{name}.data_ptr() != {tensor.data_ptr()}")
+                if tensor is not None and not tensor.is_inference():
+                    self.versions[name] = tensor._version
+
+    def changed(self, live: Set[int] = frozenset()) -> str:
+        """An expression over ``names``; what is written to the tensors of these ids is no change."""
+        counted = {name: count for name, count in self.versions.items() if id(self.names[name]) not in live}
+        written = (
+            [f"{' + '.join(f'{name}._version' for name in counted)} != {sum(counted.values())}"] if counted else []
+        )
+        return " or ".join([*self.replaced, *self.moved, *written])
+
+    def is_other(self) -> Callable[[], bool]:
+        return self.function(f"def f(): return {self.changed()}")
+
+    def function(self, source: str, **names: Any) -> Callable[..., Any]:
+        """The function ``f`` that the source defines."""
+        place = self.names | names
+        exec(source, place)
+        found: Callable[..., Any] = place["f"]
+        return found
