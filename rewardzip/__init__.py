@@ -14,6 +14,7 @@ from .data import Data as Data
 from .ensemble import fuse_ensemble as fuse_ensemble
 from .explain import explain as explain
 from .fit import fit as fit
+from .int8 import Fused as Fused
 from .int8 import Int8 as Int8
 from .models import MLP as MLP
 from .models import RewardMLP as RewardMLP

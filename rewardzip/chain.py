@@ -63,8 +63,12 @@ class Chain:
         self.steps = steps
         self.linears: list[Any] = [module.get_submodule(step.layer) for step in steps]
         self.norms: list[Any] = [step.norm and module.get_submodule(step.norm) for step in steps]
-        self.rounds_rows = self.linears[0].rows == "dynamic"
-        self.compute_dtype: torch.dtype | None = torch.int8 if self.rounds_rows else self.linears[0].compute_dtype
+        first = self.linears[0]
+        self.rounds_rows = getattr(first, "rows", "float") == "dynamic"
+        self.compute_dtype: torch.dtype | None = (
+            torch.int8 if self.rounds_rows else getattr(first, "compute_dtype", None)
+        )
+        self.activate = [activations.parse(step.activation) for step in steps]
         self.packed: dict[tuple[int, ...], _Packed] = {}
         parts = [*self.linears, *filter(None, self.norms)]
         self.shortcut = Shortcut(parts, lambda: [self.numbers()], None, "none")
@@ -108,12 +112,12 @@ class Chain:
     def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
         """The first ``layers``, or all."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        for step, linear, norm in list(zip(self.steps, self.linears, self.norms, strict=True))[:layers]:
+        parts = zip(self.steps, self.linears, self.norms, self.activate, strict=True)
+        for step, linear, norm, (activation, parameter) in list(parts)[:layers]:
             if norm is None and isinstance(linear, CompressedLinear):
                 x = linear(x, step.activation)
             else:
-                x = linear(x) if norm is None else norm(linear(x))
-                x = activations.apply(x, step.activation)
+                x = activation.forward(linear(x) if norm is None else norm(linear(x)), parameter)
         return x
 
     def pack(self, widths: tuple[int, ...]) -> _Packed:
@@ -158,9 +162,10 @@ def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
 
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
     n = linear.out_features
-    if hidden:
-        weight = linear.unpacked() if isinstance(linear, SparseLinear) else linear.int8_weight
-        scale, bias = linear.scale, linear.fp32_bias
+    if hidden and isinstance(linear, SparseLinear):
+        weight, scale, bias = linear.unpacked(), linear.scale, linear.fp32_bias
+    elif hidden and isinstance(linear, Int8Linear):
+        weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
     elif isinstance(linear, Int8Linear):
         weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
     else:
@@ -201,6 +206,16 @@ def fits_for_few(linears: list[Any]) -> bool:
         and all(m.scale is not None for m in blocks)
         and follow(linears, (Int8Linear, BlockSparseLinear))
         and getattr(linears[-1], "rows", "float") == "float"
+    )
+
+
+def fits_dense(linears: list[Any]) -> bool:
+    """Whether they can be a ``Dense`` chain."""
+    return (
+        2 <= len(linears) <= MAX_LAYERS
+        and all(type(m) is nn.Linear for m in linears)
+        and sum(m.in_features * m.out_features for m in linears) <= WEIGHTS_OF_ONE_CALL
+        and all(a.out_features == b.in_features for a, b in pairwise(linears))
     )
 
 
@@ -261,6 +276,25 @@ class Pruned(Wide):
         if is_compiling() or inputs[0].shape[:-1].numel() > self.few:
             return self.one_by_one(*inputs)
         return super().run(inputs, -1)
+
+
+class Dense(Wide):
+    """Layers that are not compressed, in one call on a CPU that adds in another order and changes nothing else."""
+
+    seen: Callable[[], bool] | None = None
+
+    def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
+        if self.is_training():
+            return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
+        return super().__call__(*inputs, dim=dim)
+
+    def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
+        # numbers that change from call to call, as in training, are not worth packing
+        if self.seen is None or self.seen():
+            self.seen = self.shortcut.look().is_other()
+        elif all(p.dtype == torch.float32 for p in self.dense()):
+            return super().run(inputs, dim)
+        return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
 
 
 class Head(Wide):

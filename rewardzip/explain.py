@@ -79,7 +79,8 @@ def explain(model: nn.Module) -> Explanation:
             plain = type(m) is nn.Linear or is_conv1d(m)
             why = (reason_to_leave([name], m, Int8()) if plain else "a subclass of nn.Linear") or "not chosen"
             op = ops.get(name, type(m).__name__)
-            why = f"{launches[name]}; {why}" if name in launches else why
+            if name in launches:
+                why = f"{launches[name]}; {'not compressed' if why == 'not chosen' else why}"
             pattern = find_pattern(m.weight.t() if is_conv1d(m) else m.weight)
             theory = m.weight.numel() * m.weight.element_size()
             found.append(Layer(name, op, activation, why, size, size, pattern.sparsity, str(pattern), theory))

@@ -23,7 +23,7 @@ from torch import fx, nn
 from rewardzip_kernels.mlp_layout import MAX_INPUTS
 
 from . import direct
-from .chain import Chain, Head, Pruned, Step, Wide, fits, fits_for_few, follow, is_head, joined
+from .chain import Chain, Dense, Head, Pruned, Step, Wide, fits, fits_dense, fits_for_few, follow, is_head, joined
 from .nn import BlockSparseLinear, CompressedLinear, Int8Linear
 from .trace import read
 
@@ -56,12 +56,13 @@ class FusedForward:
     """Mixed into the class of a module whose forward was rewritten.
 
     ``fused`` maps its linear layers to activations, ``chains`` are its runs of layers in one launch, and ``whole`` is
-    the chain that is all it does, if there is one.
+    the chain that is all it does, if there is one. ``dense``: layers that are not compressed are chained too.
     """
 
     fused: dict[str, str]
     chains: list[Chain]
     whole: Chain | None
+    dense: bool
 
     def __init_subclass__(cls) -> None:
         """Silent to the author's class, which may keep a list of its subclasses."""
@@ -91,15 +92,15 @@ class FusedForward:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class exists in this process only: a copy is made from the author's class and fused again
-        return _blank, (original_class(self),), self.__getstate__()
+        return _blank, (original_class(self), self.dense), self.__getstate__()
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         _fuse_anew(self)
 
 
-def _blank(kind: type[nn.Module]) -> Any:
-    return copyreg.__newobj__(_subclass(kind, {}))  # type: ignore[attr-defined]
+def _blank(kind: type[nn.Module], dense: bool) -> Any:
+    return copyreg.__newobj__(_subclass(kind, {"dense": dense}))  # type: ignore[attr-defined]
 
 
 def _subclass(kind: type[nn.Module], names: dict[str, Any]) -> type[nn.Module]:
@@ -118,9 +119,9 @@ def unfuse(module: nn.Module) -> None:
 
 
 def _fuse_anew(module: Any) -> None:
-    before = getattr(type(module), "chains", [])
+    before, dense = getattr(type(module), "chains", []), type(module).dense
     unfuse(module)
-    fuse(module)
+    fuse(module, dense)
     for old, new in zip(before, getattr(type(module), "chains", []), strict=False):
         new.take_over(old)
 
@@ -136,16 +137,19 @@ def is_plain(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not any(hooks)
 
 
-def fuse(module: nn.Module) -> str | None:
-    """Rewrite the module's forward where that fuses something; the reason where its code cannot be traced."""
+def fuse(module: nn.Module, dense: bool = False) -> str | None:
+    """Rewrite the module's forward where that fuses something; the reason where its code cannot be traced.
+
+    dense: chain what is not compressed as well.
+    """
     found = read(module)
     if isinstance(found, str):
         return found
     graph, defaults = found
     fused = _fold_activations(module, graph)
-    chains = _fold_chains(module, graph)
+    chains = _fold_chains(module, graph, dense)
     if fused or chains or _fold_joins(module, graph):
-        _install(module, graph, fused, chains, tuple(defaults.values()))
+        _install(module, graph, fused, chains, tuple(defaults.values()), dense)
     return None
 
 
@@ -190,14 +194,14 @@ def _activation(module: nn.Module, node: fx.Node) -> str | None:
     return name if value is None else f"{name}:{float(value)}"
 
 
-def _fold_chains(module: nn.Module, graph: fx.Graph) -> dict[str, Chain]:
+def _fold_chains(module: nn.Module, graph: fx.Graph, dense: bool) -> dict[str, Chain]:
     """Put a chain where linear layers follow one another; the names it is called by."""
     chains: dict[str, Chain] = {}
     gone: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node in gone or not _is_linear(module, node):
             continue
-        kind, run = _longest(module, _run_from(module, node))
+        kind, run = _longest(module, _run_from(module, node), dense)
         if kind is None:
             continue
         name = f"_chain_{len(chains)}"
@@ -212,7 +216,7 @@ def _fold_chains(module: nn.Module, graph: fx.Graph) -> dict[str, Chain]:
 
 
 def _longest(
-    module: nn.Module, run: list[tuple[Step, fx.Node]]
+    module: nn.Module, run: list[tuple[Step, fx.Node]], dense: bool
 ) -> tuple[type[Chain] | None, list[tuple[Step, fx.Node]]]:
     """The longest beginning of a run that is one launch, and of which kind."""
     for length in range(len(run), 1, -1):
@@ -226,12 +230,14 @@ def _longest(
             return Pruned, run[:length]
         if is_head(linears, steps):
             return Head, run[:length]
+        if dense and fits_dense(linears):
+            return Dense, run[:length]
     # up to the first layer that has a call of its own
-    dense = list(takewhile(lambda part: type(module.get_submodule(part[0].layer)) is not BlockSparseLinear, run))
-    while dense and dense[-1][0].norm:
-        dense.pop()
-    if len(dense) > 2 and follow([module.get_submodule(step.layer) for step, _ in dense]):
-        return Wide, dense
+    before = list(takewhile(lambda part: type(module.get_submodule(part[0].layer)) is not BlockSparseLinear, run))
+    while before and before[-1][0].norm:
+        before.pop()
+    if len(before) > 2 and follow([module.get_submodule(step.layer) for step, _ in before]):
+        return Wide, before
     return None, []
 
 
@@ -324,7 +330,12 @@ def _fold_joins(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def _install(
-    module: nn.Module, graph: fx.Graph, fused: dict[str, str], chains: dict[str, Chain], defaults: tuple[Any, ...]
+    module: nn.Module,
+    graph: fx.Graph,
+    fused: dict[str, str],
+    chains: dict[str, Chain],
+    defaults: tuple[Any, ...],
+    dense: bool,
 ) -> None:
     used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     root = {name: chains.get(name) or _attribute(module, name) for name in used}
@@ -344,6 +355,7 @@ def _install(
     names = {
         "forward": forward,
         "fused": fused,
+        "dense": dense,
         "chains": list(chains.values()),
         "whole": chains["_chain_0"] if whole else None,
     }

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rewardzip_kernels import activations
-
 from .nn import CompressedLinear
 
 if TYPE_CHECKING:
@@ -51,9 +49,11 @@ class Guided:
             self.changed = look
         h: Tensor = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
         chain = self.chain
-        for step, linear, norm, weight in zip(chain.steps, chain.linears, chain.norms, self.weights, strict=True):
+        for (activation, parameter), linear, norm, weight in zip(
+            chain.activate, chain.linears, chain.norms, self.weights, strict=True
+        ):
             h = linear(h) if weight is None else F.linear(h, weight, linear.fp32_bias)
-            h = activations.apply(h if norm is None else norm(h), step.activation)
+            h = activation.forward(h if norm is None else norm(h), parameter)
         if not chain.rounds_rows:
             return h
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``Int8``: what ``swap`` is told to turn linear layers into."""
+"""``Int8`` and ``Fused``: what ``swap`` is told to turn linear layers into."""
 
 from __future__ import annotations
 
@@ -68,3 +68,13 @@ class Int8:
             compute_dtype=None if self.compute_dtype is None else getattr(torch, self.compute_dtype),
             x_amax=x_amax,
         )
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Nothing is compressed: an MLP of up to 6 layers and a million weights becomes one call on a CPU.
+
+    Its outputs differ by the order in which fp32 sums are added, and by nothing else. The layers stay ``nn.Linear`` and
+    go on learning; a change of their numbers is noticed. On a GPU, in other types and while a gradient for the weights
+    is wanted, the layers run one by one as before.
+    """

@@ -58,7 +58,12 @@ class Shortcut:
             Route.__init__(route)
 
     def is_training(self) -> bool:
-        return is_grad_enabled() and any(p.requires_grad for p in self.dense())
+        if is_grad_enabled():
+            for table in self.tables:
+                for p in table.values():
+                    if p is not None and p.requires_grad:
+                        return True
+        return False
 
     def dense(self) -> list[nn.Parameter]:
         return [p for table in self.tables for p in table.values() if p is not None]
@@ -101,7 +106,9 @@ def f({", ".join(f"{x}=None" for x in inputs)}, *more):
     if more or {unlike}:
         return None
     call = find(x0.shape)
-    if call is None or modes() or transforms() is not None or tracing() is not None or {changed} or (grads() and ({learning})):
+    if call is None or (grads() and ({learning})):
+        return None
+    if modes() or transforms() is not None or tracing() is not None or {changed}:
         return None
     return call({", ".join(inputs)})
 """

@@ -15,7 +15,7 @@ from .constraints import copied as _copy
 from .constraints import settle_masked
 from .fuse import FusedForward, is_plain, unfuse
 from .fuse import fuse as fuse_forward
-from .int8 import Int8
+from .int8 import Fused, Int8
 from .nn import CompressedLinear
 from .nn.base import is_conv1d, is_pruned
 from .refusals import allow_saving, refuse_what_fails
@@ -25,7 +25,7 @@ Choice = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
 def swap(
     model: nn.Module,
-    config: Int8,
+    config: Int8 | Fused,
     example_inputs: Any = None,
     *,
     skip: Choice = (),
@@ -41,6 +41,12 @@ def swap(
     with one output stay dense unless the config says otherwise; ``explain`` tells of
     each layer what became of it and why.
     """
+    if isinstance(config, Fused):
+        if skip or filter is not None or not fuse:
+            raise ValueError(
+                "swap: Fused() only fuses, and layers with others: it takes no skip, no filter, no fuse=False"
+            )
+        return _only_fused(model if inplace else _copy(model))
     settled = settle_masked(model, inplace=inplace)
     model, inplace = settled, inplace or settled is not model
     _check_choice(model, "skip", skip)
@@ -140,6 +146,19 @@ def fuse_forwards(model: nn.Module) -> dict[str, str]:
             if reason and _owns_activated(module):
                 notes[name or type(module).__name__] = reason
     return notes
+
+
+def _only_fused(model: nn.Module) -> nn.Module:
+    reasons = {}
+    for name, module in reversed(list(model.named_modules())):
+        if not isinstance(module, CompressedLinear | FusedForward | nn.Linear | nn.ModuleList | nn.ModuleDict):
+            reason = fuse_forward(module, dense=True)
+            if reason and any(type(child) is nn.Linear for child in module.children()):
+                reasons[name] = reason
+    if not any(isinstance(module, FusedForward) for module in model.modules()):
+        why = _listed(reasons) or "it has no MLP of 2 to 6 nn.Linear layers with at most 2^20 weights"
+        warnings.warn(f"swap changed nothing: {why}", UserWarning, stacklevel=3)
+    return model
 
 
 def install(model: nn.Module, layers: Mapping[str, nn.Module], notes: list[str]) -> nn.Module:

@@ -256,6 +256,8 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
         expected = layer(expected)
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
+    if change is not replace_layer:  # that leaves a dense layer in the middle
+        assert fast.whole.shortcut.straight.quick(x) is not None, "and settled anew"
 
 
 def test_a_settled_call_takes_no_other_inputs():

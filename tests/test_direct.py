@@ -197,6 +197,19 @@ def test_buffers_swapped_for_one_call():
         assert torch.equal(fast(*inputs), y)
 
 
+@pytest.mark.parametrize("config", [rz.Int8(), INT8X8])
+def test_buffers_of_a_layer_alone_swapped_for_one_call(config):
+    fast = rz.swap(nn.Sequential(nn.Linear(24, 16)).requires_grad_(False), config)
+    x = torch.randn(3, 24)
+    y, again = fast(x), fast(x)
+    assert torch.equal(y, again)
+    assert fast[0].settled
+    for name in ("0.int8_weight", "0.scale", "0.fp32_bias"):
+        changed = torch.func.functional_call(fast, {name: fast.get_buffer(name).clone().neg_()}, (x,))
+        assert not torch.equal(changed, y), name
+        assert torch.equal(fast(x), y)
+
+
 def test_settled_shapes_are_forgotten_together():
     fast = rz.swap(Net(-1, -1).requires_grad_(False), INT8X8)
     for n in range(1, 200):

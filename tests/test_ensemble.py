@@ -109,6 +109,22 @@ def test_copies_gradients_and_state():
     torch.testing.assert_close(state.grad, expected.grad)
 
 
+def test_members_do_not_answer_one_by_one_in_the_ensembles_call(monkeypatch):
+    fused, x = rz.fuse_ensemble(nets(3)), inputs()
+    expected = fused(*x)
+    for member in fused.members:  # settled, each for itself
+        member(*x)
+        member(*x)
+
+    def asked(*rows):
+        raise AssertionError("a member's own launch")
+
+    for chain in fused.launch.chains:
+        for route in (chain.shortcut.straight, chain.shortcut.flat):
+            monkeypatch.setattr(route, "quick", asked)
+    assert torch.equal(fused(*x), expected)
+
+
 def test_many_threads_share_one_ensemble():
     fused = rz.fuse_ensemble(nets(3))
     batches = [inputs(rows) for rows in range(1, 33)]
