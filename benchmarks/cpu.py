@@ -1,18 +1,22 @@
 """The CPU table: compressed MLPs beside every engine a user could pick, rivals in turn, checked before they are timed.
 
     python benchmarks/cpu.py [--threads N ...] [--quick] [--out FOLDER]
+    python benchmarks/cpu.py --table FILE
 
-Prints microseconds (median of one call) and, for the best of RewardZip's two forms, its ratio to eager fp32 and to the
-best rival that also rounds to 8 or 16 bits. A result further than 5 % of float64's, in the norm over 256 rows or more,
-gets no time. Writes one JSON object a cell and provider.
+Prints microseconds (median of one call), and how many times faster than its best rival RewardZip is: ``rz.Fused()``
+among what computes in fp32, the better of its two int8 forms among what rounds to 8 or 16 bits. A result further than
+5 % of float64's, in the norm over 256 rows or more, gets no time. Writes one JSON object a cell and provider;
+``--table`` prints such a file as the documentation has it.
 """
 
 import argparse
 import copy
 import json
 import platform
+import warnings
 from dataclasses import asdict
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 
 import torch
@@ -49,15 +53,51 @@ def make(widths: tuple[int, ...], activation: type[nn.Module], members: int) -> 
     return nets
 
 
-def ours(nets: Nets, config: rz.Int8) -> nn.Module:
-    return rz.swap(nets[0], config) if len(nets) == 1 else rz.fuse_ensemble(nets, config)
+OURS = {"fused fp32": rz.Fused(), "int8": rz.Int8(), "int8 x int8": rz.Int8(activations="dynamic")}
+
+
+def ours(nets: Nets) -> dict[str, nn.Module]:
+    """By our names; ensembles are fused in int8 only, and wide networks have no fp32 form of ours."""
+    found = {}
+    for name, config in OURS.items():
+        if len(nets) > 1 and isinstance(config, rz.Int8):
+            found[f"rewardzip {name}"] = rz.fuse_ensemble(nets, config)
+        elif len(nets) == 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fast = rz.swap(nets[0], config)
+            if isinstance(config, rz.Int8) or getattr(fast, "chains", []):
+                found[f"rewardzip {name}"] = fast
+    return found
+
+
+def gains(us: dict[str, float]) -> tuple[float, float]:
+    """Times faster than the best rival: in fp32, and among those that round; NaN where there is none."""
+    rivals = [min((us[c] for c, (_, r) in RIVALS.items() if r == rounds and c in us), default=nan) for rounds in (0, 1)]
+    best = min((us[c] for c in ("rewardzip int8", "rewardzip int8 x int8") if c in us), default=nan)
+    return rivals[0] / us.get("rewardzip fused fp32", nan), rivals[1] / best
+
+
+def table(file: Path) -> str:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    cells: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["rows"]), {})[row["provider"]] = row["p50"] * 1e6
+    columns = [c for c in (*RIVALS, *(f"rewardzip {name}" for name in OURS)) if any(c in us for us in cells.values())]
+    heads = [c.replace("rewardzip ", "**") + "**" if c.startswith("rewardzip") else c for c in columns[1:]]
+    lines = [["network", "rows", "fp32", *heads, "fp32 to best", "int8 to best"], ["---"] * (len(columns) + 4)]
+    for (model, count), us in cells.items():
+        ratios = [f"{us['fp32'] / us[c]:.2f}x" if c in us else "" for c in columns[1:]]
+        ends = ["" if gain != gain else f"{gain:.2f}x" for gain in gains(us)]
+        lines.append([model, str(count), f"{us['fp32']:,.1f} us", *ratios, *ends])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(nets: Nets, rows: int, threads: int, seconds: float) -> tuple[dict[str, object], dict[str, str]]:
     """(the timing of each provider that is right, why the others have none)."""
     many, x = torch.randn(max(rows, 256), nets[0][0].in_features), torch.randn(rows, nets[0][0].in_features)
     exact = together([copy.deepcopy(net).double() for net in nets])(many[:4096].double())
-    forms = {"int8": ours(nets, rz.Int8()), "int8 x int8": ours(nets, rz.Int8(activations="dynamic"))}
+    forms = ours(nets)
 
     def engines(batch: Tensor) -> dict[str, object]:
         made: dict[str, object] = {}
@@ -66,7 +106,7 @@ def cell(nets: Nets, rows: int, threads: int, seconds: float) -> tuple[dict[str,
                 made[name] = maker(nets, batch, threads)
             except Exception as error:  # what cannot run here is named in the table's foot
                 left[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        return made | {f"rewardzip {name}": lambda form=form: form(batch) for name, form in forms.items()}
+        return made | {name: lambda form=form: form(batch) for name, form in forms.items()}
 
     left: dict[str, str] = {}
     checked = engines(many[:4096])
@@ -90,17 +130,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--seconds", type=float, default=1.5, help="time for a cell")
     parser.add_argument("--out", type=Path, help="folder for cpu-N-threads.json")
+    parser.add_argument("--table", type=Path, help="print this file as a table instead")
     options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
+        return
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     told = {**machine(), "python": platform.python_version()}
     print("  ".join(f"{k}: {v}" for k, v in told.items()))
     for threads in options.threads:
         torch.set_num_threads(threads)
-        columns = [*RIVALS, "rewardzip int8", "rewardzip int8 x int8"]
+        columns = [*RIVALS, *(f"rewardzip {name}" for name in OURS)]
         heads = (f"{c.removeprefix('rewardzip '):>16}" for c in columns)
-        print(f"\n{threads} thread{'s' * (threads > 1)}, us; times faster than fp32, than the best rival that rounds")
-        print(f"{'network':>21} {'rows':>6}", *heads, "  to fp32  to best")
+        print(f"\n{threads} thread{'s' * (threads > 1)}, us; times faster than the best rival, in fp32 and rounded")
+        print(f"{'network':>21} {'rows':>6}", *heads, "     fp32     int8")
         written = []
         for name in options.nets[: 1 if options.quick else None]:
             nets = make(*NETS[name])
@@ -110,10 +154,8 @@ def main() -> None:
                     continue
                 taken, left = cell(nets, rows, threads, 0.2 if options.quick else options.seconds)
                 us = {provider: t.p50 * 1e6 for provider, t in taken.items()}
-                best = min(us[c] for c in columns[-2:])
-                rival = min((us[c] for c, (_, rounds) in RIVALS.items() if rounds and c in us), default=float("nan"))
                 line = (f"{us[c]:16,.1f}" if c in us else f"{'-':>16}" for c in columns)
-                print(f"{name:>21} {rows:>6}", *line, f"{us['fp32'] / best:8.2f}x {rival / best:7.2f}x", flush=True)
+                print(f"{name:>21} {rows:>6}", *line, *(f"{gain:8.2f}x" for gain in gains(us)), flush=True)
                 for provider, t in taken.items():
                     row = {"op": "mlp", "model": name, "rows": rows, "threads": threads, "provider": provider}
                     written.append(row | asdict(t) | told)
