@@ -1,19 +1,23 @@
 """Gradients for the inputs of a chain on a CPU: planning and guidance follow them.
 
-The ops' own gradients unpack the weights and run the launch again in torch at every call, which costs several times
-what a dense model's gradient does. Here the chain runs in torch on fp32 copies of its weights, made when the first
-gradient is asked for and again when a number has changed. Where the launch rounds its rows, the value is the launch's
-and the rounding counts as the identity.
+Where the chain has one output, its gradient is computed with it, in one call, and kept for the backward pass. Where
+the kernel does not take the network, and where the gradient's own gradient is asked for, the chain runs in torch on
+fp32 copies of its weights, made when they are needed and again when a number has changed. The ops' own gradients, which
+unpack the weights and run the launch again at every call, cost several times what a dense model's do. Where the launch
+rounds its rows, the value is the launch's and the rounding counts as the identity.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from rewardzip_kernels.fused_mlp import network
+from rewardzip_kernels.registration import modes, tracing, transforms
 
 from .nn import CompressedLinear
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def wanted(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a gradient for one of these is, and the copies are the way to it."""
+    """Whether a gradient for one of these is, and this is the way to it."""
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
@@ -32,21 +36,46 @@ def wanted(inputs: tuple[Tensor, ...]) -> bool:
 
 
 class Guided:
-    """The chain on fp32 copies of its compressed weights."""
+    """The chain where a gradient for its inputs is wanted."""
 
     def __init__(self, chain: Chain) -> None:
-        self.chain, self.changed = chain, lambda: True
+        self.chain = chain
+        self.is_other, self.changed = (lambda: True), (lambda: True)
         self.weights: list[Tensor | None] = []
+        self.kernels: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        alone = not (self.chain.is_training() or modes() or transforms() is not None or tracing() is not None)
+        kernel = self.kernel(inputs) if alone and all(type(x) is Tensor for x in inputs) else None
+        if kernel is None:
+            return self.dense(inputs)
+        y: Tensor = _Follow.apply(self, kernel, *inputs)
+        return y
+
+    def kernel(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The network that gives its gradient as well, as the numbers are now; None where there is none."""
+        leading = inputs[0].shape[:-1]
+        if not all(x.shape[:-1] == leading for x in inputs) or leading.numel() == 0:
+            return None
+        if self.is_other():
+            self.kernels, self.is_other = {}, self.chain.shortcut.look().is_other()
+        widths = tuple([x.shape[-1] for x in inputs])
+        if widths not in self.kernels:
+            compute = torch.int8 if self.chain.rounds_rows else torch.float32
+            found = network([self.chain.numbers()], self.chain.describe(widths), None, "none", compute)
+            self.kernels[widths] = found and found.gradient()
+        return self.kernels[widths]
+
+    def dense(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """On fp32 copies, by torch's own means."""
         if self.changed():
-            look = self.chain.shortcut.look().is_other()
+            changed = self.chain.shortcut.look().is_other()
             with torch.no_grad():
                 # of the dense ones the parameter itself, which may be learning
                 self.weights = [
                     m.weight.float() if isinstance(m, CompressedLinear) else None for m in self.chain.linears
                 ]
-            self.changed = look
+            self.changed = changed
         h: Tensor = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
         chain = self.chain
         for (activation, parameter), linear, norm, weight in zip(
@@ -64,3 +93,28 @@ class Guided:
             h.data.copy_(rounded)
             return h
         return h + (rounded - h.detach())
+
+
+class _Follow(torch.autograd.Function):
+    """One output and its gradient by the inputs, from one call."""
+
+    @staticmethod
+    def forward(ctx: Any, guided: Guided, kernel: Any, *inputs: Tensor) -> Tensor:
+        rows = [x.detach().reshape(-1, x.shape[-1]).contiguous() for x in inputs]
+        y, gradient = kernel(rows)
+        ctx.save_for_backward(gradient, *inputs)
+        ctx.guided = guided
+        shaped: Tensor = y.reshape(*inputs[0].shape[:-1], 1)
+        return shaped
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradient, *inputs = ctx.saved_tensors
+        asked = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
+        if torch.is_grad_enabled():  # the gradient shall have one itself
+            found = iter(torch.autograd.grad(ctx.guided.dense(tuple(inputs)), asked, grad, create_graph=True))
+        else:
+            parts = (grad.reshape(-1, 1) * gradient).split([x.shape[-1] for x in inputs], 1)
+            pairs = zip(inputs, parts, ctx.needs_input_grad[2:], strict=True)
+            found = iter([part.reshape(x.shape) for x, part, needed in pairs if needed])
+        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])

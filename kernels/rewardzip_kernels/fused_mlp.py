@@ -277,6 +277,15 @@ def network(
 
     It is for eager calls that nobody listens to, and does not notice changes of the other tensors.
     """
+    pieces, entries = parse_layers(layers)
+    for member in networks:
+        k = sum(pieces)
+        for (n, *_), t in zip(entries, member, strict=True):
+            if tuple(t.weight.shape) != (n, k):
+                raise ValueError(
+                    f"fused_mlp: {layers!r} has a layer of shape {(n, k)}, its weight is {tuple(t.weight.shape)}"
+                )
+            k = n
     make = getattr(implementation("cpu", "fused_mlp", fused_mlp_reference), "network", None)
     if make is None or not all(t.weight.is_cpu for member in networks for t in member):
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import dense_rows
 from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
 from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
-from . import threads
+from . import mlp_gradient, threads
 from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
@@ -44,6 +44,13 @@ def prepare(kind: Any, hidden: tuple[str, ...], last: str, normed: bool, isa: st
     chosen = choose(isa)
     key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last, "norm" if normed else "")
     return kernel(key, lambda: build(kind(chosen), hidden, last, normed))
+
+
+@lru_cache(maxsize=256)
+def prepare_gradient(kind: Any, back: Any, hidden: tuple[str, ...], last: str, isa: str | None) -> Any:
+    chosen = choose(isa)
+    key = ("gradient", kind.__name__, chosen.name, "+".join(hidden), last)
+    return kernel(key, lambda: mlp_gradient.build(kind(chosen), back(chosen), hidden, last))
 
 
 def hidden_activations(net: tuple[Layer, ...]) -> tuple[str, ...]:
@@ -114,6 +121,7 @@ class Network:
                 scale = self._at(t.scale) or self.ones.data_ptr()
                 table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
                 table += _bits(layer.parameter), self._at(t.gamma), self._at(t.beta), _bits(layer.eps or 0.0)
+        self.layers, self.members, self.names, self.widest = net, networks, names, widest
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
@@ -141,6 +149,10 @@ class Network:
             run(table, threads.scratch(self.scratch), places, start, stop, m, y_at)
 
         threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+
+    def gradient(self) -> "Gradient | None":
+        """Its form that gives the gradient of its one output as well, or None."""
+        return Gradient(self) if Gradient.takes(self) else None
 
     def bound(self, shapes: list[torch.Size], flat: bool = False) -> Callable[..., Tensor | None] | None:
         """The network as a function of inputs of these shapes, or None; for others, and all but dense fp32 on a CPU,
@@ -174,6 +186,54 @@ def call({", ".join(inputs)}):
         exec(source, place)
         call: Callable[..., Tensor | None] = place["call"]
         return call
+
+
+class Gradient:
+    """A network's output and its gradient: ``mlp_gradient.py``."""
+
+    @staticmethod
+    def takes(network: Network) -> bool:
+        """One MLP, two layers or more, one output, and slopes that follow from the activations' outputs."""
+        return (
+            network.run is not None
+            and not network.leading
+            and network.outputs == 1
+            and len(network.layers) > 1
+            and all(layer.eps is None and layer.activation in mlp_gradient.SLOPES for layer in network.layers)
+            and all(layer.parameter > 0 for layer in network.layers if layer.activation in ("leaky_relu", "elu"))
+        )
+
+    def __init__(self, network: Network) -> None:
+        self.network, hidden = network, network.members[0][:-1]
+        back = Whole if issubclass(network.kind, Whole) else Float
+        key = network.kind, back, network.names, network.layers[-1].activation, None
+        self.run = prepare_gradient(*key)
+        with torch.no_grad():
+            turned = [t.weight.t().contiguous() for t in hidden]
+            self.packed = [Packed(w, lambda _: None) if back is Float else PackedFloats(w) for w in turned]
+        self.turned = turned
+        self.back = torch.tensor([packed.address for packed in self.packed], dtype=torch.int64)
+        self.columns = sum(network.pieces)
+        self.scratch = 4 * BLOCK * (1 + network.widest * (len(network.layers) + 2))
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(y [m], gradient [m, columns]) of contiguous fp32 inputs [m, piece] on a CPU."""
+        network, m = self.network, inputs[0].shape[0]
+        places: list[int] = []
+        for x, width in zip(inputs, network.pieces, strict=True):
+            places += x.data_ptr(), width
+        y, gradient = inputs[0].new_empty(m), inputs[0].new_empty(m, self.columns)
+        at = network.table_at, self.back.data_ptr()
+        rows = network.address(*places), y.data_ptr(), gradient.data_ptr()
+
+        def some_rows(start: int, stop: int) -> None:
+            self.run(*at, threads.scratch(self.scratch), rows[0], start, stop, *rows[1:])
+
+        if 2 * m * network.work < network.parallel_work or m <= BLOCK or torch.get_num_threads() == 1:
+            some_rows(0, m)
+        else:
+            threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+        return y, gradient
 
 
 class Plan(Network):

@@ -1,0 +1,183 @@
+"""The CPU kernel that gives one output and its gradient, against float64 from the same weights."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import rewardzip as rz
+from rewardzip_kernels import activations
+from rewardzip_kernels.cpu.mlp_gradient import SLOPES
+from rewardzip_kernels.fused_mlp import network
+from rewardzip_kernels.mlp_layout import Linear
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def random_networks(sizes, stored):
+    members, k = [], sizes[0]
+    for n in sizes[1:-1]:
+        if stored == torch.int8:
+            weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+            scale = 10.0 ** (torch.rand(n) - 0.5) / (73 * k**0.5)
+        else:
+            weight, scale = torch.randn(n, k) / k**0.5, None
+        members.append(Linear(weight, torch.randn(n), scale))
+        k = n
+    return [*members, Linear(torch.randn(1, k) / k**0.5, torch.randn(1), None)]
+
+
+def reference(x, layers, names):
+    """(y, gradient, a bound for each) in float64; what is near a kink, where a rounding decides, is told too.
+
+    A sum of n products is right to n eps of the sum of their magnitudes, so is a chain of them; a slope, at most 2
+    here, moves by no more than what it is computed from, whose magnitude ``size`` holds.
+    """
+    h, near, slopes, size = x.double(), torch.zeros(len(x), dtype=torch.bool), [], x.double().abs()
+    for tensors, name in zip(layers, names, strict=True):
+        entry, parameter = activations.parse(name)
+        weight = tensors.weight.double() * (1 if tensors.scale is None else tensors.scale.double()[:, None])
+        size = size @ weight.abs().t() + tensors.bias.double().abs()
+        z = (h @ weight.t() + tensors.bias.double()).requires_grad_()
+        near |= (z.detach().abs() < 1e-3).any(1)
+        h = entry.forward(z, parameter)
+        slopes.append(torch.autograd.grad(h.sum(), z)[0])
+        h = h.detach()
+    gradient, large = slopes[-1], 2.0 * torch.ones_like(slopes[-1])
+    for i in reversed(range(len(layers))):
+        weight = layers[i].weight.double() * (1 if layers[i].scale is None else layers[i].scale.double()[:, None])
+        gradient, large = gradient @ weight, large @ weight.abs()
+        if i:
+            gradient, large = gradient * slopes[i - 1], large * 2.0
+    terms = sum(t.weight.shape[1] for t in layers) + 64
+    reach = terms * EPS * (1 + size.max(1, keepdim=True).values)
+    return h, gradient, reach, reach * large, near
+
+
+# hidden, hidden, last
+NAMES = [
+    ("relu", "leaky_relu:0.2", "none"),
+    ("elu:0.7", "none", "tanh"),
+    ("tanh", "sigmoid", "softplus"),
+    ("softplus", "relu", "sigmoid"),
+]
+
+
+def test_every_slope_is_tested():
+    assert {name.partition(":")[0] for names in NAMES for name in names} == set(SLOPES)
+
+
+# odd and even widths, beyond one panel of 64, beyond one launch's 256, one row wide; a block is 48 rows
+SHAPES = [((24,), (64, 64)), ((17, 6), (33, 70)), ((1,), (1, 1)), ((130,), (300, 9))]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "hidden", "names"),
+    [(*shape, names) for names in NAMES for shape in SHAPES] + [((3, 2, 5), (300,), ("relu", "none"))],
+)
+@pytest.mark.parametrize("rows", [1, 7, 48, 100])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float32])
+def test_against_float64(stored, rows, pieces, hidden, names):
+    torch.manual_seed(0)
+    sizes = (sum(pieces), *hidden, 1)
+    layers = random_networks(sizes, stored)
+    described = ", ".join(f"{n} {a}" for n, a in zip(sizes[1:], names, strict=True))
+    kernel = network([layers], f"{'+'.join(map(str, pieces))}: {described}", None, "none", torch.float32).gradient()
+    x = torch.randn(rows, sizes[0])
+    y, gradient, bound, slack, near = reference(x, layers, names)
+    torch.empty(1 << 16).fill_(float("nan"))  # what the next allocations are likely to find
+    got, slope = kernel([part.contiguous() for part in x.split(pieces, 1)])
+    assert (got[:, None].double() - y).abs().le(bound)[~near].all()
+    assert (slope.double() - gradient).abs().le(slack)[~near].all()
+    assert rows == 1 or not near.all()
+    alone, one = kernel([part[:1].contiguous() for part in x.split(pieces, 1)])
+    assert torch.equal(alone, got[:1]), "a row is itself whatever stands beside it"
+    assert torch.equal(one, slope[:1])
+
+
+def net(activation=nn.ELU, hidden=(64, 48)):
+    sizes, layers = (23, *hidden), []
+    for k, n in pairwise(sizes):
+        layers += [nn.Linear(k, n), activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1)).requires_grad_(False)
+
+
+class Reward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, state, action):
+        return self.net(torch.cat([state, action], -1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic"), rz.Fused()])
+def test_through_a_model(config, monkeypatch):
+    fast = rz.swap(Reward().requires_grad_(False), config)
+    same = rz.restore(fast).requires_grad_(False)
+    monkeypatch.setattr(fast.net.whole.guided, "dense", None)  # the kernel, or an error
+    # rounding rows moves the point at which the slope is taken
+    close = {"rtol": 0.05, "atol": 0.01} if config == rz.Int8(activations="dynamic") else {"rtol": 1e-4, "atol": 1e-5}
+    state, action = torch.randn(2, 5, 17), torch.randn(2, 5, 6)
+    for asked in ((True, True), (True, False), (False, True)):
+        inputs = [x.clone().requires_grad_(needed) for x, needed in zip((state, action), asked, strict=True)]
+        weight = torch.randn(2, 5)
+        (fast(*inputs) * weight).sum().backward()
+        found = [x.grad for x in inputs]
+        for x in inputs:
+            x.grad = None
+        (same(*inputs) * weight).sum().backward()
+        for x, gradient in zip(inputs, found, strict=True):
+            assert (x.grad is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, x.grad, **close)
+        with torch.no_grad():
+            expected = fast(*inputs)
+        torch.testing.assert_close(fast(*inputs).detach(), expected, rtol=1e-6, atol=1e-6)
+    spread = torch.randn(5, 2, 17).transpose(0, 1).requires_grad_()  # not dense in memory
+    (gradient,) = torch.autograd.grad(fast(spread, action).sum(), spread)
+    (expected,) = torch.autograd.grad(same(spread, action).sum(), spread)
+    torch.testing.assert_close(gradient, expected, **close)
+
+
+def test_changes_are_noticed_and_shapes_are_told_apart():
+    fast = rz.swap(net(), rz.Int8())
+    for rows in (4, 1, 9):
+        x = torch.randn(rows, 23, requires_grad=True)
+        before = torch.autograd.grad(fast(x).sum(), x)[0]
+        with torch.no_grad():
+            fast[0].scale.mul_(2)
+        after = torch.autograd.grad(fast(x).sum(), x)[0]
+        same = rz.restore(fast).requires_grad_(False)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, torch.autograd.grad(same(x).sum(), x)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(64, 22\), its weight is \(64, 23\)"):
+        fast(torch.randn(4, 22, requires_grad=True))
+    assert fast(torch.randn(0, 23, requires_grad=True)).shape == (0, 1)
+
+
+def test_threads_share_the_rows():
+    fast = rz.swap(net(hidden=(256, 256)), rz.Int8())
+    x = torch.randn(1000, 23, requires_grad=True)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(fast(x).sum(), x)[0])
+        assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [net(nn.SiLU), net(lambda: nn.LeakyReLU(-0.5)), net(lambda: nn.ELU(-1.0)), nn.Sequential(*net(), nn.Mish())],
+)
+def test_slopes_that_do_not_follow_from_the_output(model):
+    fast = rz.swap(model, rz.Int8())
+    x = torch.randn(6, 23, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fast(x).sum(), x)
+    (expected,) = torch.autograd.grad(rz.restore(fast).requires_grad_(False)(x).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
