@@ -27,7 +27,7 @@ def returned(policy, environment, episodes=20):
 
 def learn_until(model, environment, enough, most, chunk):
     """Chunks of training until the policy is good: where it happens differs from machine to machine."""
-    for i in range(most):
+    for _ in range(most):
         model.learn(chunk, reset_num_timesteps=model.num_timesteps == 0)
         # more episodes than the tests judge by: it is not good by their luck
         if returned(model.policy, environment, 100) >= enough:
