@@ -23,7 +23,7 @@ test: $(VENV)/ready
 # tests against the real packages of others: heavy, so apart
 test-clients: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[score,ray,onnx,clients]"
-	$(BIN)/python -m pytest -m clients --durations 15
+	$(BIN)/python -m pytest -m clients -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
 
 # imitation 1.0.1 needs older packages than the others: an environment of its own
 test-imitation: .venv-imitation/ready

@@ -80,5 +80,9 @@ class _Package(ModuleType):
         if not (name in _LATER and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, as any module: cloudpickle knows only the plain type, and Ray sends functions that name us."""
+        return import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package

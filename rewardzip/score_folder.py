@@ -57,7 +57,7 @@ def open_folder(output: Path, plan: Plan, settings: dict[str, Any]) -> Iterator[
             if TEMPORARY.fullmatch(name):
                 (output / name).unlink()
         if MANIFEST not in names:
-            _write_whole(output / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_whole(output / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         yield
 
 
@@ -93,7 +93,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _write_whole(target: Path, text: str) -> None:
+def write_whole(target: Path, text: str) -> None:
     draft = target.parent / f".manifest-{secrets.token_hex(4)}.tmp"
     try:
         with open(draft, "x", encoding="utf-8") as stream:

@@ -7,6 +7,7 @@ small: 10^11 rows are 10^5 parts.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from .score_folder import WORK
+from .score_folder import WORK, write_whole
 from .score_parts import finished, leftover, score_parts
 from .score_plan import Part, Plan
 from .score_rows import Found, Scorer
@@ -38,8 +39,28 @@ def need_ray() -> Any:
     return ray
 
 
-class PartError(Exception):
-    """What went wrong in an actor, in one piece: Ray adds to the text of an error, and drops the one it came from."""
+# what a part can be wrong by, from the narrow to the wide
+KINDS = (OSError, TypeError, ValueError)
+
+
+def note_error(error: Exception, folder: Path) -> None:
+    """Write down what went wrong in an actor, for all to see.
+
+    Not raised there: Ray would cancel the tasks that run, and when one of them ends at that moment Ray 2.60 aborts the
+    program that asked (ray-project/ray, pull request 54738).
+    """
+    kind = next(kind.__name__ for kind in KINDS if isinstance(error, kind))
+    arguments = [error.errno, error.strerror] if isinstance(error, OSError) and error.errno else [str(error)]
+    folder.joinpath(WORK).mkdir(exist_ok=True)
+    write_whole(folder / WORK / "error.json", json.dumps([kind, arguments]))
+
+
+def noted_error(folder: Path) -> Exception | None:
+    try:
+        kind, arguments = json.loads((folder / WORK / "error.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return {k.__name__: k for k in KINDS}[kind](*arguments)
 
 
 class Actor:
@@ -49,14 +70,17 @@ class Actor:
         self.scorer, self.folder = Scorer(model.to(device), plan, batch_size, strict), folder
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        if noted_error(self.folder):
+            return {"id": numbers["id"][:0]}
         parts = [self.scorer.plan.parts[int(number)] for number in numbers["id"]]
         # a killed run may have finished a part that Ray has not heard of
         todo = [part for part in parts if finished(self.folder, part) is None]
         try:
             for _ in score_parts(self.scorer, todo, self.folder):
                 pass
-        except (ValueError, TypeError, OSError) as error:
-            raise PartError(error) from None
+        except KINDS as error:
+            note_error(error, self.folder)
+            return {"id": numbers["id"][:0]}
         return {"id": numbers["id"]}
 
 
@@ -97,6 +121,7 @@ def _run(scorer: Scorer, model: nn.Module, device: str, folder: Path) -> None:
     before = {name: getattr(context, name) for name in settings}
     for name, value in settings.items():
         setattr(context, name, value)
+    (folder / WORK / "error.json").unlink(missing_ok=True)
     parts = scorer.plan.parts
     arguments = (model, scorer.plan, folder, scorer.batch_size, scorer.strict, device)
     try:
@@ -110,12 +135,15 @@ def _run(scorer: Scorer, model: nn.Module, device: str, folder: Path) -> None:
         )
         done.write_parquet(str(folder / WORK / "done"))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PartError):
-            raise error.cause.args[0] from None
+        # a disk so full that not even the error could be written there
+        if isinstance(error.cause, OSError):
+            raise error.cause from None
         raise
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+    if wrong := noted_error(folder):
+        raise wrong
 
 
 @contextmanager

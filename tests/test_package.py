@@ -1,6 +1,7 @@
 """The package as others meet it: what importing costs and starts, life without Triton and Numba, wheel and sdist."""
 
 import os
+import pickle
 import shutil
 import statistics
 import subprocess
@@ -34,6 +35,13 @@ def test_importing_is_cheap():
     )
     ratios = [float(python(code)) for _ in range(7)]
     assert statistics.median(ratios) <= 1.15, ratios
+
+
+def test_the_package_is_sent_by_name():
+    """A function of a script that says ``import rewardzip as rz`` takes the module with it to Ray's workers."""
+    import rewardzip as rz
+
+    assert pickle.loads(pickle.dumps(rz)) is rz
 
 
 def test_importing_starts_nothing():
