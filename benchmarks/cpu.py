@@ -119,7 +119,7 @@ def cell(nets: Nets, rows: int, threads: int, seconds: float) -> tuple[dict[str,
         if not error <= TOLERANCE:
             left.setdefault(name, f"wrong by {error:.2g}")
             calls.pop(name, None)
-    return interleaved(calls, "cpu", seconds), left
+    return interleaved(calls, "cpu", seconds, rest=0.02 if threads > 1 else 0.0), left
 
 
 def main() -> None:
@@ -155,7 +155,12 @@ def main() -> None:
                 taken, left = cell(nets, rows, threads, 0.2 if options.quick else options.seconds)
                 us = {provider: t.p50 * 1e6 for provider, t in taken.items()}
                 line = (f"{us[c]:16,.1f}" if c in us else f"{'-':>16}" for c in columns)
-                print(f"{name:>21} {rows:>6}", *line, *(f"{gain:8.2f}x" for gain in gains(us)), flush=True)
+                print(
+                    f"{name:>21} {rows:>6}",
+                    *line,
+                    *(f"{gain:8.2f}x" if gain == gain else f"{'-':>9}" for gain in gains(us)),
+                    flush=True,
+                )
                 for provider, t in taken.items():
                     row = {"op": "mlp", "model": name, "rows": rows, "threads": threads, "provider": provider}
                     written.append(row | asdict(t) | told)

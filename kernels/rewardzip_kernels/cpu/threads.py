@@ -3,6 +3,7 @@
 Numba's parallel layers are not used: one aborts on concurrent calls, another changes torch's thread count.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -19,6 +20,8 @@ _local = _Local()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
+_workers_ids: list[int] = []
+_away_from = -1
 
 
 def scratch(size: int) -> int:
@@ -37,6 +40,8 @@ def ranges(count: int, parts: int, quantum: int) -> list[tuple[int, int]]:
 
 def run(call: Callable[[int, int], None], pieces: list[tuple[int, int]]) -> None:
     """``call(start, stop)`` for every piece, the first on the calling thread."""
+    if len(pieces) > 1:
+        _steer()
     waiting = [_workers(len(pieces) - 1).submit(call, *piece) for piece in pieces[1:]]
     try:
         call(*pieces[0])
@@ -50,14 +55,49 @@ def _workers(count: int) -> ThreadPoolExecutor:
     with _lock:
         if _pool is None or _pool_size < count:
             # an outgrown pool finishes what it was given
-            _pool, _pool_size = ThreadPoolExecutor(count, "rewardzip"), count
+            _pool, _pool_size = ThreadPoolExecutor(count, "rewardzip", _enter), count
+            _workers_ids.clear()
         return _pool
+
+
+def _enter() -> None:
+    global _away_from
+    _workers_ids.append(threading.get_native_id())
+    _away_from = -1
+
+
+def _steer() -> None:
+    """Keep the workers off the processor that this thread runs on.
+
+    Linux likes to wake a thread where the one that wakes it runs, and to move it only milliseconds later: two threads
+    then take as long as one.
+    """
+    global _away_from
+    if _processor is None:
+        return
+    here = _processor()
+    if here == _away_from:
+        return
+    _away_from = here
+    others = os.sched_getaffinity(0) - {here}
+    for worker in list(_workers_ids) if others else ():
+        try:
+            os.sched_setaffinity(worker, others)
+        except OSError:  # it has ended, or may not be moved
+            pass
+
+
+try:
+    _processor: Callable[[], int] | None = ctypes.CDLL(None).sched_getcpu if hasattr(os, "sched_setaffinity") else None
+except (OSError, AttributeError, TypeError):  # no such function here
+    _processor = None
 
 
 def _forget_pool() -> None:
     """In the child of a fork: its parent's threads do not exist there, and its lock may be held by one of them."""
     global _pool, _lock
     _pool, _lock = None, threading.Lock()
+    _workers_ids.clear()
 
 
 if hasattr(os, "register_at_fork"):

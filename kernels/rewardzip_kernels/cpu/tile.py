@@ -76,7 +76,7 @@ class Float(Dense):
     """fp32 rows times int8 weights made fp32 in registers; a step is four parts, or the registers would not do."""
 
     item, element, parts, rows_dtype = 4, F32, 4, "float32"
-    parallel_work = 1 << 23
+    parallel_work = 1 << 24
 
     def __init__(self, isa: InstructionSet):
         # more rows spill the unpacked weights: 6 measured 5 % slower
