@@ -162,8 +162,8 @@ def main() -> None:
                     flush=True,
                 )
                 for provider, t in taken.items():
-                    row = {"op": "mlp", "model": name, "rows": rows, "threads": threads, "provider": provider}
-                    written.append(row | asdict(t) | told)
+                    row = {"op": "model", "model": name, "rows": rows, "provider": provider}
+                    written.append(row | asdict(t) | told | {"threads": str(threads)})
                 for provider, reason in left.items():
                     if rows == options.rows[0]:
                         print(f"{'':>21} {provider}: {reason}")

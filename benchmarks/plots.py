@@ -16,7 +16,9 @@ PROVIDERS = {
     "AMP bf16": "#bdbdbd",
     "compile": "#9e9e9e",
     "onnxruntime": "#8d6e63",
-    "OpenVINO": "#a1887f",
+    "onnxruntime int8": "#6d4c41",
+    "OpenVINO int8": "#a1887f",
+    "rewardzip fused fp32": "#b2dfdb",
     "rewardzip int8": "#4db6ac",
     "rewardzip int8 x int8": "#00796b",
 }
@@ -24,7 +26,7 @@ ROWS = (1, 1024, 65536)
 
 
 def read(folder: Path, threads: str = "1") -> list[dict[str, Any]]:
-    files = sorted(folder.glob("models*.json"))
+    files = sorted(folder.glob("cpu-*.json")) or sorted(folder.glob("models*.json"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [row for row in rows if row["op"] == "model" and row.get("threads", threads) == threads]
 
@@ -50,7 +52,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     shown = [m for m in ROWS if any(key[0] == m for key in faster)]
     with plt.rc_context({"svg.hashsalt": "rewardzip", "font.size": 9, "font.family": "DejaVu Sans"}):
         figure, panels = plt.subplots(
-            len(shown), 1, figsize=(9, 2.3 * len(shown)), squeeze=False, sharex=True, layout="constrained"
+            len(shown), 1, figsize=(11, 2.3 * len(shown)), squeeze=False, sharex=True, layout="constrained"
         )
         for panel, m in zip(panels[:, 0], shown, strict=True):
             present = [p for p in PROVIDERS if any((m, model, p) in faster for model in models)]
@@ -69,7 +71,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             panel.set_title(f"{m:,} row{'s' if m > 1 else ''}", loc="left")
             panel.spines[["top", "right"]].set_visible(False)
         panels[-1, 0].set_xticks(range(len(models)), models, rotation=15)
-        panels[0, 0].legend(ncols=len(PROVIDERS), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.15))
+        panels[0, 0].legend(ncols=len(PROVIDERS) // 2, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.15))
         told = rows[0]
         source = f"{told['device']}, {told.get('threads', '?')} thread, torch {told['torch']}, {told['date']}"
         figure.supylabel("times faster than eager fp32")

@@ -13,7 +13,7 @@ import torch
 from numerics import assert_dynamic, assert_linear
 
 from rewardzip_kernels import activations as reference_activations
-from rewardzip_kernels.cpu import engine
+from rewardzip_kernels.cpu import engine, threads
 from rewardzip_kernels.cpu.instruction_sets import INSTRUCTION_SETS, available, choose
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.cpu.int8_linear import int8_linear
@@ -428,3 +428,18 @@ print(code.count("sdot"))
 
 def test_neon_tile_selects_its_dot_product():
     assert int(run_python(NEON)) == 24
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_workers_keep_off_the_callers_processor():
+    all_of_them, seen = os.sched_getaffinity(0), {}
+
+    def note(start, stop):
+        seen[threading.current_thread().name] = os.sched_getaffinity(0)
+
+    for _ in range(3):  # a worker begins where it is told to only once it is known
+        threads.run(note, [(0, 1), (1, 2)])
+    mine = seen.pop(threading.current_thread().name)
+    assert mine == all_of_them == os.sched_getaffinity(0), "the caller goes where it likes"
+    assert seen
+    assert all(len(where) == len(all_of_them) - 1 and where < all_of_them for where in seen.values())

@@ -91,7 +91,7 @@ def linear(
     static = 0 if x_scale is None else x_scale.data_ptr()
     fixed = layer.address, scale.data_ptr(), bias_at, static, parameter, stride, block
     x_at, y_at, size, panels = x.data_ptr(), y.data_ptr(), block * (row_bytes + 4), layer.count
-    if m * n * k < kind.parallel_work or (count := torch.get_num_threads()) == 1:
+    if m * n * k < 2 * kind.parallel_work or (count := torch.get_num_threads()) == 1:
         run(*fixed, threads.scratch(size), x_at, m, y_at, 0, panels)
         return y
 
@@ -129,7 +129,7 @@ def settled(
     if run is None or any(weight.is_inference() for weight in weights) or not dense:
         return None
     layer, m = pack(*weights), shape[:-1].numel()
-    if shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= kind.parallel_work:
+    if shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
         return None
     first, last, out = weights[0], weights[-1], (*shape[:-1], layer.n)
     version, k = first._version + last._version, layer.k

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -81,10 +82,8 @@ def _steer() -> None:
     _away_from = here
     others = os.sched_getaffinity(0) - {here}
     for worker in list(_workers_ids) if others else ():
-        try:
+        with suppress(OSError):  # it has ended, or may not be moved
             os.sched_setaffinity(worker, others)
-        except OSError:  # it has ended, or may not be moved
-            pass
 
 
 try:
