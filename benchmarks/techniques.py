@@ -37,6 +37,7 @@ from rewardzip.timing import interleaved
 INT8 = rz.Quantize(8, activations="dynamic")
 TUNE = rz.FineTune(1000, blend=True)
 LONG = rz.FineTune(12_000, learning_rate=2e-3, batch_size=512, blend=True)
+LONGER = replace(LONG, steps=20_000)
 LAST = rz.FineTune(4000, batch_size=512, blend=True)
 
 
@@ -72,7 +73,7 @@ def recipes(widths: tuple[int, ...]) -> dict[str, list]:
         "half of the neurons, fine-tuned": [neurons(0.5), TUNE],
         "distilled, int8": [rz.Distil(half, steps=5000, **distil), INT8],
         "distilled smaller, int8": [rz.Distil(quarter, steps=5000, **distil), INT8],
-        "distilled, neurons, int8": [rz.Distil(most, steps=12_000, **distil), neurons(0.25), LONG, INT8],
+        "distilled, neurons, int8": [rz.Distil(most, steps=10_000, **distil), neurons(0.25), LONGER, INT8],
         "neurons, int8": [neurons(0.435), LONG, INT8],
         "neurons, int8, not blended": [neurons(0.435), replace(LONG, blend=False), INT8],
         "neurons, 5 bits x int8": [neurons(0.29), LONG, few(5), LAST],
