@@ -166,12 +166,12 @@ def train(task: str, seed: int, out: Path, patterns: list[str]) -> None:
 
 
 def search(task: str, seed: int, out: Path) -> None:
-    """By the default gate, with EPIC, in ten minutes at most; judged here on the episodes held out as well."""
+    """By the default gate, with EPIC; judged here on the episodes held out as well."""
     torch.set_num_threads(1)
     data, held, (after, reached) = transitions(task, seed)
     model = rz.load(out / f"models-{task}-{seed}" / "dense").requires_grad_(False)
     start = time.perf_counter()
-    found = rz.search(model, rz.Data(data.inputs), next_states=after, budget=600, seed=seed, progress=False)
+    found = rz.search(model, rz.Data(data.inputs), next_states=after, budget=500, seed=seed, progress=False)
     seconds = round(time.perf_counter() - start, 1)
     rz.save(found.model, out / f"models-{task}-{seed}" / "found")
     about = {"task": task, "seed": seed, "date": str(date.today()), "machine": machine(), "seconds": seconds}

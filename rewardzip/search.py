@@ -221,7 +221,7 @@ def _halving(
             spent = before + time.perf_counter() - start
             if key not in journal.entries:
                 # the final report takes its time as well, and the first round is always run
-                if spent + _expected(recipe, rung, trials) > budget - min(10, budget / 4) and trials:
+                if spent + _expected(recipe, rung, trials) > budget - min(30, budget / 4) and trials:
                     continue
                 show(f"round {rung + 1}, {len(done) + 1}/{len(running)}: {title(steps)}", spent)
                 try:
