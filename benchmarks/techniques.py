@@ -184,15 +184,19 @@ def search(task: str, seed: int, out: Path) -> None:
 def clock(task: str, seed: int, out: Path) -> None:
     """Add what 1024 rows take: the tenth percentile, as others on the machine slow calls and never speed them."""
     torch.set_num_threads(1)
-    file = out / f"techniques-{task}-{seed}.json"
+    file, searched = out / f"techniques-{task}-{seed}.json", out / f"search-{task}-{seed}.json"
     content = json.loads(file.read_text())
-    models = {name: rz.load(out / f"models-{task}-{seed}" / name).requires_grad_(False) for name in content["results"]}
+    found = {searched: json.loads(searched.read_text())} if searched.exists() else {}
+    names = [*content["results"], *("found" for _ in found)]
+    models = {name: rz.load(out / f"models-{task}-{seed}" / name).requires_grad_(False) for name in names}
     inputs = [torch.randn(1024, width) for width in models["dense"].inputs]
     with torch.no_grad():
         taken = interleaved({name: lambda m=m: m(*inputs) for name, m in models.items()}, seconds=SECONDS)
     for name, timing in taken.items():
-        content["results"][name] |= {"us": timing.p10 * 1e6, "faster": taken["dense"].p10 / timing.p10}
-    file.write_text(json.dumps(content, indent=1) + "\n")
+        line = found[searched] if name == "found" else content["results"][name]
+        line |= {"us": timing.p10 * 1e6, "faster": taken["dense"].p10 / timing.p10}
+    for path, new in {file: content, **found}.items():
+        path.write_text(json.dumps(new, indent=1) + "\n")
 
 
 def machine() -> str:
