@@ -215,12 +215,15 @@ def table(task: str, out: Path) -> None:
             timed = [row for _, row in runs if "us" in row]
             taken = f"{statistics.median(row['us'] for row in timed):.0f}" if timed else ""
             faster = f"{statistics.median(row['faster'] for row in timed):.1f}x" if timed else ""
-            figures = [_spread([row[kind] for _, row in runs]) for kind in ("agreement", "epic", "best of 16")]
+            kinds = ("agreement", "epic", "best of 16")
+            figures = [_spread([row[kind] for _, row in runs if kind in row]) for kind in kinds]
             cost = f"{size / 1024:.1f} | {smaller:.1f}x | {taken} | {faster}"
             print(f"| {name} | {cost} | {' | '.join(figures)} |")
 
 
 def _spread(numbers: list[float]) -> str:
+    if not numbers:
+        return ""
     ends = f" ({min(numbers):.4f} to {max(numbers):.4f})" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.4f}{ends}"
 
