@@ -24,8 +24,8 @@ def candidates(model: nn.Module, data: Data) -> list[Recipe]:
     """Those whose steps say that they can work on the model and data; of its own widths, shares."""
     widths = [m.out_features for m in model.modules() if type(m) is nn.Linear][:-1]
     # first in floats, and long: a net trained on its grid from the start stays behind one that got there from near by
-    train = FineTune(5000, learning_rate=2e-3, blend=can_blend(data))
-    tune = FineTune(2500, blend=can_blend(data))
+    train = FineTune(6000, learning_rate=2e-3, batch_size=512, blend=can_blend(data))
+    tune = FineTune(2000, batch_size=512, blend=can_blend(data))
     recipes: list[Recipe] = [(Quantize(8),), (INT8,)]
     recipes += [(_few(bits), tune) for bits in (6, 4, 3)]
     recipes += [(Prune("2:4"), train, INT8)]

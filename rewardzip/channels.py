@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from .constraints import Mask
 from .fuse import FUNCTIONS, MODULES, is_plain
+from .models import MLP
 from .nn.base import is_pruned
 from .trace import read
 
@@ -108,6 +109,9 @@ class Channels:
             return _mapped(x, module if not isinstance(module, nn.Dropout) else nn.Identity())
         if isinstance(module, NORMS) and _is_alone(module) and len(module.normalized_shape) == 1:
             return self._norm(module, name, x)
+        if type(module) is MLP and is_plain(module):
+            # any number of inputs cannot be traced; they are put side by side for the net
+            return self._module(module.net, [self._stop(given, "it goes into an MLP among other inputs")])
         found = read(module) if is_plain(module) else "it has hooks"
         if isinstance(found, str):
             what = f"module {name!r}" if name else type(module).__name__

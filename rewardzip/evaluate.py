@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import batch_invariance, finite, varies
 from .data import Data
-from .epic import epic_distance
+from .epic import Transitions, reward_of
 from .fidelity import HIGHER_IS_BETTER, LEAST_ROWS, Figure, compare, flips_by_margin
 from .footprint import size
 from .gate import Gate
@@ -46,8 +46,9 @@ def evaluate(
     data has rewards or preferences.
 
     next_states: the state that follows each row, for EPIC: the inputs are then read as (state), (state, action) or
-    (state, action, next state). returns: ``returns(model)`` gives the return of acting or planning by a model, or one
-    for each episode. seconds: spent timing each of the ``batches``. Both models run in eval mode.
+    (state, action, next state). Of three inputs, the third like the first, it is the third where none is given.
+    returns: ``returns(model)`` gives the return of acting or planning by a model, or one for each episode. seconds:
+    spent timing each of the ``batches``. Both models run in eval mode.
     """
     data = Data.of(before, data)
     device = _same_device(before, after)
@@ -55,8 +56,6 @@ def evaluate(
         raise ValueError(f"evaluate: {len(data)} rows are too few for figures in hundredths; give {LEAST_ROWS} or more")
     if not batches or min(batches) < 1:
         raise ValueError(f"evaluate: batches must be 1 or more, got {tuple(batches)}")
-    if next_states is not None and len(data.inputs) > 3:
-        raise ValueError(f"evaluate: EPIC knows (state, action, next state), the model takes {len(data.inputs)} inputs")
     stages = ["outputs", "checks", "fidelity", "layers", "returns" if returns else "size"]
     stages += [f"timing {batch} rows" for batch in batches]
     with eval_mode(before, after), shown("evaluate", len(stages), progress) as show:
@@ -66,6 +65,8 @@ def evaluate(
         inputs = tuple(t.to(device) for t in data.inputs)
         old, new = outputs(before, inputs), outputs(after, inputs)
         _check_outputs(data, old, new)
+        if next_states is not None and old.shape[1] > 1:
+            raise ValueError(f"evaluate: EPIC compares rewards; the model has {old.shape[1]} outputs")
         show(*next(now))
         checks = [finite(new), varies(new), batch_invariance(before, after, inputs, old, new, batches)]
         sound = all(check.passed for check in checks[:2])
@@ -76,10 +77,10 @@ def evaluate(
         if sound and old.shape[1] > 1:
             same = old.argmax(1) == new.argmax(1)
             figures = {"greedy": Figure.mean(same[rows].double(), seed), **figures}
-        if sound and next_states is not None:
-            if old.shape[1] > 1:
-                raise ValueError(f"evaluate: EPIC compares rewards; the model has {old.shape[1]} outputs")
-            figures["epic"] = _epic(before, after, inputs, next_states.to(device), discount, seed)
+        epic = None if old.shape[1] > 1 else Transitions.of(inputs, next_states, discount=discount, seed=seed)
+        if sound and epic is not None:
+            canonical = [epic.canonical(reward_of(model, len(inputs))) for model in (before, after)]
+            figures["epic"] = epic.distance(canonical[0], canonical[1])
         truth = _against_truth(before, after, data, (old, new), rows, seed) if sound else {}
         show(*next(now))
         layers = layer_errors(before, after, tuple(t[:LAYER_ROWS] for t in inputs)) if sound else {}
@@ -135,18 +136,6 @@ def _check_outputs(data: Data, old: Tensor, new: Tensor) -> None:
         raise ValueError(
             f"evaluate: the rewards are {tuple(data.rewards.shape)}, the model gives {old.shape[1]} outputs a row"
         )
-
-
-def _epic(
-    before: nn.Module, after: nn.Module, inputs: Sequence[Tensor], next_states: Tensor, discount: float, seed: int
-) -> Figure:
-    takes = len(inputs)
-    actions = inputs[1] if takes > 1 else inputs[0][:, :0]
-
-    def reward(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda *transition: outputs(model, transition[:takes])[:, 0]
-
-    return epic_distance(reward(before), reward(after), inputs[0], actions, next_states, discount=discount, seed=seed)
 
 
 def _against_truth(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -22,8 +22,9 @@ class FineTune(Step):
     """Masks, grids and codebooks are parametrisations of the weights: zeros stay zeros, gradients pass the rounding.
 
     towards: "original" learns the original's outputs and needs no rewards; "rewards" learns the rewards in the data, or
-    the preferences where it has those. blend: every row of a batch is mixed with another and the original is asked for
-    the mixture, so that no row comes twice: where the rows are few, training on them alone learns them by heart.
+    the preferences where it has those. blend: half of each batch are rows that nobody collected, mixtures of two and
+    inputs of different rows put together, and the original is asked for its answers: where the rows are few, training
+    on them alone learns them by heart, and EPIC asks for rewards of transitions that never happened.
     amp: "float16" (gradients scaled) or "bfloat16". early_stop: see ``rz.fit``.
     """
 
@@ -96,8 +97,7 @@ def can_blend(data: Data) -> bool:
 
 
 class Blended:
-    """The squared error against the original's answers, row i of a batch of n mixed with the one before it, i/(n-1) to
-    the rest: batches are drawn in no order, so all shares and all pairs come up, without random numbers."""
+    """The squared error against the original's answers, on rows half of which nobody collected: see ``blended``."""
 
     def __init__(self, teacher: nn.Module) -> None:
         self.teacher = teacher
@@ -105,7 +105,7 @@ class Blended:
     def __call__(self, model: nn.Module, batch: Data) -> Tensor:
         errors = []
         for side in [batch.inputs] if batch.rejected is None else [batch.inputs, batch.rejected]:
-            mixed = [_mixed(rows) for rows in side]
+            mixed = blended(side)
             with torch.no_grad(), torch.autocast(mixed[0].device.type, enabled=False):
                 wanted = self.teacher(*mixed)
             out = model(*mixed)
@@ -113,9 +113,17 @@ class Blended:
         return torch.stack(errors).mean()
 
 
-def _mixed(rows: Tensor) -> Tensor:
-    share = torch.linspace(0, 1, len(rows), dtype=rows.dtype, device=rows.device)
-    return rows.lerp(rows.roll(1, 0), share.view(-1, *[1] * (rows.dim() - 1)))
+def blended(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Half of the rows as they are; a quarter put together anew, each input from another row; a quarter mixed, row i of
+    n with the one before it, i/(n-1) of that. Batches are drawn in no order, so all shares and all pairs come up,
+    without random numbers."""
+    quarter, found = len(inputs[0]) // 4, []
+    for place, rows in enumerate(inputs):
+        anew, mixed, rest = rows[:quarter], rows[quarter : 2 * quarter], rows[2 * quarter :]
+        share = torch.linspace(0, 1, quarter, dtype=rows.dtype, device=rows.device)
+        mixed = mixed.lerp(mixed.roll(1, 0), share.view(-1, *[1] * (rows.dim() - 1)))
+        found.append(torch.cat([anew.roll(place, 0), mixed, rest]))
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .constraints import masked, masks, settle
-from .models import RewardMLP
+from .models import MLP, RewardMLP
 from .moments import Moments, assign, damped, dense
 from .surgeon import take
 
@@ -147,7 +147,7 @@ def shrink(channels: Channels, kept: Kept) -> list[str]:
                 assign(module, None, extra + (0 if module.bias is None else module.bias.detach().double()))
         _narrow(module, kept.get(name), columns)
     for part in model.modules():
-        if isinstance(part, RewardMLP):
+        if isinstance(part, RewardMLP | MLP):
             part.hidden = tuple(m.out_features for m in part.net if isinstance(m, nn.Linear))[:-1]
     return readers
 

@@ -44,6 +44,8 @@ def compress(
     recipe: Sequence[Step] | str | os.PathLike[str],
     data: Data | Sequence[Tensor] | Tensor | None = None,
     *,
+    next_states: Tensor | None = None,
+    discount: float = 0.99,
     seed: int = 0,
     progress: bool = True,
     gate: Any = None,
@@ -51,11 +53,12 @@ def compress(
     """Run the steps on a copy of ``model``; a fifth of the rows is held back for the report.
 
     recipe: steps, or a JSON or TOML file that ``save_recipe`` could have written. Steps that cannot work after one
-    another, or on this model and data, are refused before any has run. gate: see ``evaluate``.
+    another, or on this model and data, are refused before any has run. gate, next_states, discount: see ``evaluate``.
     """
     steps = read_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
     check_order(steps)
-    rows, held = (None, None) if data is None else Data.of(model, data).split(HELD_OUT, seed)
+    given = None if data is None else Data.of(model, data)
+    rows, held = (None, None) if given is None else given.split(HELD_OUT, seed)
     if rows is not None and held is not None and len(held) < LEAST_HELD:
         raise ValueError(
             f"compress: {len(rows) + len(held)} rows leave {len(held)} to judge by; "
@@ -63,12 +66,15 @@ def compress(
         )
     if gate is not None and held is None:
         raise ValueError("compress: a gate needs data to judge by, and there is none")
+    if next_states is not None and (given is None or len(next_states) != len(given)):
+        raise ValueError(f"compress: there are {len(next_states)} next states for {len(given or ())} rows")
     small, notes = run_steps(model, steps, rows, seed=seed, progress=progress)
     report = None
     if held is not None:
         from .evaluate import evaluate
 
-        report = evaluate(model, small, held, gate=gate, progress=progress)
+        after = None if next_states is None else Data((next_states,)).split(HELD_OUT, seed)[1].inputs[0]
+        report = evaluate(model, small, held, gate=gate, next_states=after, discount=discount, progress=progress)
     return Result(small, report, steps, notes)
 
 
@@ -82,8 +88,12 @@ def run_steps(
     packed = [name for name, m in model.named_modules() if isinstance(m, CompressedLinear)]
     if packed:
         raise ValueError(f"compress: layer {packed[0]!r} is packed already; give the dense model, or rz.restore it")
+    met = model
     for step in steps:
-        step.check(model, data)
+        step.check(met, data)
+        if isinstance(step, Distil) and data is not None:
+            # the steps behind it will meet its student
+            met = step.make(model, data, seed)
     work = Work(copied(model).eval(), data, seed, progress)
     console = Console(quiet=not progress)
     small = copied(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .candidates import at, candidates, title
 from .data import Data
+from .epic import Transitions, reward_of
 from .evaluate import Returns, evaluate, worst
 from .fidelity import LEAST_ROWS, Figure, compare
 from .footprint import size
@@ -31,11 +32,10 @@ from .report import Candidate, Report
 from .running import device_of, eval_mode, outputs
 from .steps import Step
 from .timing import interleaved
+from .trials import RUNGS, Trial, choose, front_of, notes_on, promise, trial_of
 
 HELD_OUT = 0.3
 """The share of the rows that nothing is trained on: half of it chooses, half makes the report."""
-RUNGS = (0.05, 0.25, 1.0)
-"""Of a recipe's training, the share that it gets in each round."""
 SECONDS = 0.4
 """What timing a candidate takes."""
 
@@ -58,31 +58,6 @@ class Found:
         return tuple(candidate for candidate in self.report.front if candidate.on_front)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """One recipe, trained for one share of its training, as measured."""
-
-    recipe: Recipe
-    rung: int
-    smaller: float
-    faster: float
-    agreement: float
-    excess: float
-    """What was lost as a share of what the gate lets go: passes at 1."""
-    surely: float
-    """The same at the worse end of the intervals."""
-    returns: float | None
-    spent: float
-
-    @property
-    def gain(self) -> float:
-        return self.smaller * self.faster
-
-    @property
-    def costs(self) -> tuple[float, ...]:
-        return (-self.smaller, -self.faster, self.excess, *(() if self.returns is None else (-self.returns,)))
-
-
 def search(
     model: nn.Module,
     data: Data | Sequence[Tensor] | Tensor,
@@ -91,6 +66,8 @@ def search(
     budget: float = 600,
     recipes: Sequence[Sequence[Step]] | None = None,
     batch: int = 1024,
+    next_states: Tensor | None = None,
+    discount: float = 0.99,
     returns: Returns | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -99,9 +76,9 @@ def search(
     """The recipe within the gate whose model is the smallest and fastest: times smaller x times faster, at ``batch``.
 
     budget: seconds, with those that a killed search had spent in ``folder``, which keeps what was measured.
-    recipes: what to try; by default what suits the model. returns: see ``evaluate``; asked of those fully trained, and
-    one objective more. Where nothing is within the gate, the one nearest to it is returned, not ``passed``; where
-    nothing within it is smaller and faster, the model as it is.
+    recipes: what to try; by default what suits the model. next_states, discount: for EPIC, see ``evaluate``. returns:
+    see there; asked of those fully trained, and one objective more. Where nothing is within the gate, the one nearest
+    to it is returned, not ``passed``; where nothing within it is smaller and faster, the model as it is.
     """
     gate = gate or Gate()
     data = Data.of(model, data)
@@ -112,15 +89,17 @@ def search(
         raise ValueError(f"search: {len(data)} rows are too few to train, to choose and to judge by; give {needed}")
     rows, held = data.split(HELD_OUT, seed)
     chooses, judges = held.split(0.5, seed)
+    next_chooses, next_judges = _beside(next_states, data, seed)
     tried = tuple(tuple(recipe) for recipe in (candidates(model, rows) if recipes is None else recipes))
     if not tried:
         raise ValueError("search: there are no recipes to try")
-    journal = Journal(folder, fingerprint(model, data, seed, batch))
-    bench = _Bench(model, rows, chooses, gate, batch, returns, seed)
+    followed = None if next_states is None else float(next_states.double().sum())
+    journal = Journal(folder, fingerprint(model, data, seed, batch, followed, discount))
+    bench = _Bench(model, rows, chooses, gate, batch, returns, seed, next_chooses, discount)
     with shown("search", budget, progress) as show:
         trials = _halving(bench, tried, journal, budget, show)
         show("judging the choice", budget)
-        chosen = _choose(trials)
+        chosen = choose(trials)
         if chosen is None:
             raise ValueError(f"search: none of the {len(tried)} recipes works on the model: {bench.failed[0]}")
         dense = chosen.excess <= 1 and chosen.gain <= 1
@@ -134,21 +113,42 @@ def search(
             judges,
             gate=gate,
             batches=(1, batch),
+            next_states=next_judges,
+            discount=discount,
             returns=returns,
             seconds=3 * SECONDS,
             seed=seed,
             progress=False,
         )
-    front = _front(trials, None if dense else chosen)
-    report = replace(report, front=front, notes=_notes(trials, chosen, dense, bench))
+    front = front_of(trials, None if dense else chosen)
+    report = replace(report, front=front, notes=notes_on(trials, chosen, dense, bench.failed))
     return Found(small, recipe, report, report.passed and chosen.excess <= 1)
+
+
+def _beside(next_states: Tensor | None, data: Data, seed: int) -> tuple[Tensor | None, Tensor | None]:
+    """The next states of the rows that choose and of those that judge."""
+    if next_states is None:
+        return None, None
+    if len(next_states) != len(data):
+        raise ValueError(f"search: there are {len(next_states)} next states for {len(data)} rows")
+    chooses, judges = Data((next_states,)).split(HELD_OUT, seed)[1].split(0.5, seed)
+    return chooses.inputs[0], judges.inputs[0]
 
 
 class _Bench:
     """Builds recipes and measures what comes out, always in the same way."""
 
     def __init__(
-        self, model: nn.Module, rows: Data, judged: Data, gate: Gate, batch: int, returns: Returns | None, seed: int
+        self,
+        model: nn.Module,
+        rows: Data,
+        judged: Data,
+        gate: Gate,
+        batch: int,
+        returns: Returns | None,
+        seed: int,
+        next_states: Tensor | None,
+        discount: float,
     ) -> None:
         self.model, self.rows, self.gate, self.returns, self.seed = model, rows, gate, returns, seed
         device = device_of(model)
@@ -157,6 +157,9 @@ class _Bench:
         self.timed = tuple(t[part.to(device)] for t in self.inputs)
         with eval_mode(model):
             self.before = outputs(model, self.inputs)
+            one = self.before.shape[1] == 1
+            self.epic = Transitions.of(self.inputs, next_states, discount=discount, seed=seed) if one else None
+            self.canonical = None if self.epic is None else self.epic.canonical(reward_of(model, len(self.inputs)))
         self.disk = size(model).disk
         self.built: dict[tuple[Recipe, int], nn.Module] = {}
         self.failed: list[str] = []
@@ -169,13 +172,12 @@ class _Bench:
         small = self.build(at(recipe, RUNGS[rung]))
         self.built[recipe, rung] = small
         with eval_mode(self.model, small), torch.no_grad():
-            after = outputs(small, self.inputs)
+            figures = self.figures(small)
             calls = {"before": lambda: self.model(*self.timed), "after": lambda: small(*self.timed)}
             taken = interleaved(calls, device_of(small), SECONDS)
         played = None
         if self.returns and RUNGS[rung] == 1:
             played = float(torch.as_tensor(self.returns(small), dtype=torch.float64).mean())
-        figures = self.figures(after)
         return {
             "smaller": self.disk / size(small).disk,
             # others on the machine slow calls and never speed them: the tenth percentile is the least disturbed
@@ -186,25 +188,29 @@ class _Bench:
             "spent": time.perf_counter() - start,
         }
 
-    def figures(self, after: Tensor) -> dict[str, Figure]:
+    def figures(self, small: nn.Module) -> dict[str, Figure]:
         """Empty where the model is broken: NaN, or one value for all rows."""
+        after = outputs(small, self.inputs)
         if not after.isfinite().all() or any(column.min() == column.max() for column in after.T):
             return {}
         figures = worst([compare(x, y, draws=100) for x, y in zip(self.before.T, after.T, strict=True)])
         if after.shape[1] > 1:
             figures["greedy"] = Figure.mean((self.before.argmax(1) == after.argmax(1)).double())
+        if self.epic is not None and self.canonical is not None:
+            canonical = self.epic.canonical(reward_of(small, len(self.inputs)))
+            figures["epic"] = self.epic.distance(self.canonical, canonical, draws=100)
         return figures
 
 
 def _halving(
     bench: _Bench, tried: Sequence[Recipe], journal: Journal, budget: float, show: Callable[[str, float], None]
-) -> list[_Trial]:
+) -> list[Trial]:
     """Every trial there was time for, those of earlier runs included."""
     start, before = time.perf_counter(), sum(entry["spent"] for entry in journal.entries.values())
-    trials: list[_Trial] = []
+    trials: list[Trial] = []
     running = list(tried)
     for rung in range(len(RUNGS)):
-        done: list[_Trial] = []
+        done: list[Trial] = []
         for recipe in running:
             steps = at(recipe, RUNGS[rung])
             key = f"{rung} {json.dumps([step.to_dict() for step in steps])}"
@@ -215,7 +221,7 @@ def _halving(
             spent = before + time.perf_counter() - start
             if key not in journal.entries:
                 # the final report takes its time as well, and the first round is always run
-                if spent + _expected(recipe, rung, trials) > budget - min(10, budget / 4) and trials:
+                if spent + _expected(recipe, rung, trials) > budget - min(30, budget / 4) and trials:
                     continue
                 show(f"round {rung + 1}, {len(done) + 1}/{len(running)}: {title(steps)}", spent)
                 try:
@@ -224,70 +230,15 @@ def _halving(
                     bench.failed.append(f"{title(recipe)}: {error}")
                     continue
                 journal.add(key, measured)
-            done.append(_trial(recipe, rung, journal.entries[key], bench.gate))
+            done.append(trial_of(recipe, rung, journal.entries[key], bench.gate))
             trials += done[-1:]
-        running = [t.recipe for t in sorted(done, key=_promise, reverse=True)][: max(3, (len(done) + 1) // 2)]
+        running = [t.recipe for t in sorted(done, key=promise, reverse=True)][: max(3, (len(done) + 1) // 2)]
     return trials
 
 
-def _expected(recipe: Recipe, rung: int, trials: Sequence[_Trial]) -> float:
+def _expected(recipe: Recipe, rung: int, trials: Sequence[Trial]) -> float:
     """Seconds that a trial will take, from what the same recipe took with less training."""
     earlier = [t for t in trials if t.recipe == recipe]
     if not earlier:
         return max((t.spent for t in trials), default=0.0)
     return earlier[-1].spent * RUNGS[rung] / RUNGS[earlier[-1].rung]
-
-
-def _trial(recipe: Recipe, rung: int, entry: dict[str, Any], gate: Gate) -> _Trial:
-    figures = {name: Figure(*three) for name, three in entry["figures"].items()}
-    excess, surely = gate.excess(figures), gate.excess(figures, surely=True)
-    kept = {name: entry[name] for name in ("smaller", "faster", "agreement", "returns", "spent")}
-    return _Trial(recipe, rung, excess=excess, surely=surely, **kept)
-
-
-def _promise(trial: _Trial) -> float:
-    """What more training is spent by: the gain, and far less of it the further from the gate. What another beats in
-    everything promises less than the other."""
-    return float(trial.gain / max(trial.excess, 1) ** 4)
-
-
-def _choose(trials: Sequence[_Trial]) -> _Trial | None:
-    """The most gained within the gate, those first whose intervals lie within it; else the nearest to the gate."""
-    # of each recipe what lost least; its size and time do not depend on training
-    best: dict[Recipe, _Trial] = {}
-    for trial in sorted(trials, key=lambda t: (t.surely, -t.rung)):
-        best.setdefault(trial.recipe, trial)
-    for within in ([t for t in best.values() if t.surely <= 1], [t for t in best.values() if t.excess <= 1]):
-        if within:
-            # times differ by this much from one run to the next: then the simpler recipe
-            most = max(t.gain for t in within)
-            return min((t for t in within if t.gain > 0.95 * most), key=lambda t: (len(t.recipe), t.excess))
-    return min(best.values(), key=lambda t: t.excess, default=None)
-
-
-def _front(trials: Sequence[_Trial], chosen: _Trial | None) -> tuple[Candidate, ...]:
-    """Every trial, and whether it is among those that none beats."""
-
-    def beaten(trial: _Trial) -> bool:
-        pairs = [list(zip(other.costs, trial.costs, strict=False)) for other in trials]
-        return any(all(a <= b for a, b in pair) and any(a < b for a, b in pair) for pair in pairs)
-
-    listed = [Candidate("original", 1, 1, 1, True, chosen=chosen is None)]
-    for trial in trials:
-        name = title(at(trial.recipe, RUNGS[trial.rung]))
-        figures = trial.smaller, trial.faster, trial.agreement, trial.excess <= 1
-        listed.append(Candidate(name, *figures, trial == chosen, not beaten(trial), trial.returns))
-    return tuple(listed)
-
-
-def _notes(trials: Sequence[_Trial], chosen: _Trial, dense: bool, bench: _Bench) -> tuple[str, ...]:
-    notes = [f"{len(trials)} models of {len({t.recipe for t in trials})} recipes were measured"]
-    if dense:
-        notes.append("leave it dense: nothing within the gate is both smaller and faster by more than it costs")
-    elif chosen.excess > 1:
-        notes.append(
-            f"no recipe is within the gate; the nearest is {title(chosen.recipe)}; leave it dense, or widen it"
-        )
-    else:
-        notes.append(f"chosen: {title(at(chosen.recipe, RUNGS[chosen.rung]))}")
-    return (*notes, *(f"not tried: {reason}" for reason in bench.failed))

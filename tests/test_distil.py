@@ -136,6 +136,14 @@ class Conv(nn.Module):
         return out if self.outputs else out.squeeze(1)
 
 
+def test_neurons_of_any_students_can_go():
+    torch.manual_seed(0)
+    teacher, image = Conv().eval(), torch.randn(300, 1, 6, 6)
+    student, _ = squeeze(teacher, rz.Distil((16, 8), steps=5), rz.Prune("neurons", 0.5), data=rz.Data((image,)))
+    assert student.hidden == (8, 4)
+    assert student(image).shape == (300,)
+
+
 def test_a_conv_teacher_for_an_mlp(tmp_path):
     torch.manual_seed(0)
     teacher, image = Conv().eval(), torch.randn(300, 1, 6, 6)

@@ -121,6 +121,9 @@ def test_shaping_has_no_epic_and_a_large_mse():
     assert report.figures["mse"].value > 1
     assert report.figures["pearson_distance"].value > 0.05
     assert report.figures["epic"].value < 1e-5
+    # nobody need say which input is the next state where the third is like the first
+    again = rz.evaluate(model, Shaped(), data, discount=0.9, **FAST)
+    assert again.figures["epic"] == report.figures["epic"]
     assert "epic" in rz.Gate().limits(report.figures)
     assert "pearson_distance" not in rz.Gate().limits(report.figures)
     assert not any("EPIC" in reason for reason in report.failures)

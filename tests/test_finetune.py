@@ -81,15 +81,18 @@ def test_towards_rewards_and_preferences(model):
 
 
 def test_blended_rows_are_what_they_say_and_both_sides_count():
-    batch = rz.Data((torch.tensor([[0.0], [2.0], [10.0]]), torch.tensor([[1.0], [3.0], [5.0]])))
+    states, actions = torch.arange(12.0) ** 2, torch.arange(12.0)
+    batch = rz.Data((states[:, None], actions[:, None]))
     seen = []
 
     def teacher(*inputs):
         seen.append(inputs)
         return inputs[0][:, 0] * 0
 
-    # rows 0, 1, 2 with 0, 1/2 and all of the row before each (the last before the first)
-    state, action = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])
+    # rows 0, 1, 2 with the action of the row before (the last before the first); rows 3, 4, 5 with 0, 1/2 and all of
+    # the row before each; the others as they are
+    state = torch.tensor([0.0, 1, 4, 9, 12.5, 16, 36, 49, 64, 81, 100, 121])
+    action = torch.tensor([2.0, 0, 1, 3, 3.5, 4, 6, 7, 8, 9, 10, 11])
     cost = Blended(teacher)(lambda s, a: (s + 10 * a)[:, 0], batch)
     assert torch.equal(seen[0][0][:, 0], state)
     assert torch.equal(seen[0][1][:, 0], action)

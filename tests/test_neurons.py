@@ -97,6 +97,7 @@ class InPlace(nn.Module):
 CASES = {
     "in place": (InPlace, (4,)),
     "RewardMLP": (lambda: rz.RewardMLP(4, 2, (16, 12)), (4, 2)),
+    "MLP": (lambda: rz.MLP((4, 2, 3), (16, 12)), (4, 2, 3)),
     "functional": (Functional, (4, 2)),
     "joined": (Joined, (4, 2, 4)),
     "twins": (Twins, (4,)),
@@ -283,6 +284,14 @@ def test_over_the_whole_model_each_layer_keeps_one():
     assert [k.tolist() for k in kept.values()] == [[False, True, False], [False, True, True]]
 
 
+def test_neurons_that_an_mlp_reads_stay():
+    """It flattens its inputs: which neuron lands where depends on their shape."""
+    encoder, reader = nn.Linear(4, 6), rz.MLP((6,), (8,))
+    found = Channels.of(nn.Sequential(encoder, reader))
+    assert "MLP" in found.fixed["0"]
+    assert "1.net.0" not in found.fixed
+
+
 def test_amounts_of_rounds_are_of_the_first_width():
     small = rz.prune(mlp(6, 40, 20), rz.Prune("neurons", 0.7, rounds=3))
     assert widths(small)[:2] == [12, 6]
@@ -291,8 +300,9 @@ def test_amounts_of_rounds_are_of_the_first_width():
     assert sum(widths(both)[:2]) == 18
 
 
-def test_a_smaller_reward_model_is_saved_swapped_and_trained(tmp_path):
-    model, x = prepared("RewardMLP")
+@pytest.mark.parametrize("kind", ["RewardMLP", "MLP"])
+def test_a_smaller_reward_model_is_saved_swapped_and_trained(tmp_path, kind):
+    model, x = prepared(kind)
     small = rz.prune(model, rz.Prune("neurons", 0.5, rounds=2, finetune_steps=5), x, progress=False)
     assert small.hidden == (8, 6)
     assert model.hidden == (16, 12)

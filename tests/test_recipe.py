@@ -28,8 +28,8 @@ def judged(monkeypatch):
     """What ``evaluate`` is called with."""
     calls = []
 
-    def evaluate(before, after, data, *, gate=None, progress=True):
-        calls.append((before, after, data, gate))
+    def evaluate(before, after, data, *, gate=None, next_states=None, discount=None, progress=True):
+        calls.append((before, after, data, gate) if next_states is None else (data, next_states, discount))
         return f"report {len(calls)}"
 
     monkeypatch.setitem(sys.modules, "rewardzip.evaluate", types.SimpleNamespace(evaluate=evaluate))
@@ -61,6 +61,17 @@ def test_a_recipe_from_end_to_end(tmp_path, model, judged):
     assert same_state(again.model.state_dict(), result.model.state_dict())
     other = rz.compress(model, RECIPE, data, progress=False, seed=1)
     assert not same_state(other.model.state_dict(), result.model.state_dict())
+
+
+def test_the_next_states_of_the_report_are_those_of_its_rows(model, judged):
+    data = rows(1000)
+    followed = data.inputs[0] + 1
+    rz.compress(model, RECIPE, data, next_states=followed, discount=0.7, progress=False)
+    held, after, discount = judged[0]
+    assert torch.equal(after, held.inputs[0] + 1)
+    assert discount == 0.7
+    with pytest.raises(ValueError, match="999 next states for 1000 rows"):
+        rz.compress(model, RECIPE, data, next_states=followed[1:], progress=False)
 
 
 def test_no_step_sees_the_rows_of_the_report(model, judged, monkeypatch):

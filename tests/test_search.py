@@ -15,6 +15,7 @@ from torch import nn
 
 import rewardzip as rz
 from rewardzip.candidates import at, candidates, title
+from rewardzip.epic import Transitions
 from rewardzip.journal import FILE
 from rewardzip.search import RUNGS, search
 from rewardzip.steps import STEPS, Step
@@ -79,7 +80,7 @@ def _quick(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def _unregistered():
     """The steps of this file are none of the package's."""
-    for kind in (Cut, Bloat, Never):
+    for kind in (Cut, Bloat, Never, Shape):
         STEPS.pop(kind.__name__)
 
 
@@ -223,6 +224,55 @@ def test_the_budget_is_kept(case, tmp_path):
     # with more time it goes on
     more = find(case, recipes, budget=10, folder=tmp_path)
     assert len(more.report.front) - 1 > tried
+
+
+@dataclass(frozen=True)
+class Shape(Step):
+    """Another reward, or the same one by another name: a potential added, the discount .9."""
+
+    noise: float = 0.0
+
+    def apply(self, model, work):
+        noise = self.noise
+
+        class Shaped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = rz.swap(model, rz.Int8())
+
+            def forward(self, state, action, after):
+                error = noise * torch.sin(40 * action.sum(1))
+                return self.model(state, action, after) + error + 2 * (0.9 * after[:, 0] - state[:, 0])
+
+        return Shaped()
+
+
+def test_the_gate_is_by_epic_where_the_next_states_are_known():
+    model = rz.MLP((4, 2, 4), (64, 64))
+    data = torch.randn(1200, 4), torch.randn(1200, 2), torch.randn(1200, 4)
+    gate = rz.Gate(agreement=0, epic=0.02, best_of_n=9)
+    found = find((model, data), [(Shape(),)], gate=gate, discount=0.9)
+    assert found.passed, found.report.failures
+    assert found.report.figures["pearson_distance"].value > 0.1 > 0.02 > found.report.figures["epic"].value
+    other = find((model, data), [(Shape(0.5),)], gate=gate, discount=0.9)
+    assert not other.passed
+    assert not any(c.passed for c in other.report.front[1:]), "nor did it choose by another distance"
+    # the potential cancels with its own discount alone
+    assert not find((model, data), [(Shape(),)], gate=gate, discount=0.5).passed
+
+
+def test_next_states_go_with_their_rows(case, monkeypatch):
+    seen, of = [], Transitions.of
+    monkeypatch.setattr(Transitions, "of", lambda *given, **options: seen.append(given) or of(*given, **options))
+    state = case[1][0]
+    found = find(case, [(Cut(192),)], next_states=state + 1)
+    assert {"epic"} <= set(found.report.figures)
+    # of the rows that choose, and of those that judge
+    assert len(seen) == 2
+    assert all(torch.equal(inputs[0] + 1, followed) for inputs, followed in seen)
+    assert not torch.equal(seen[0][1], seen[1][1])
+    with pytest.raises(ValueError, match="1199 next states for 1200 rows"):
+        find(case, [(Cut(192),)], next_states=state[1:])
 
 
 def test_returns_are_asked_of_what_is_fully_trained(case):
