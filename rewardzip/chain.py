@@ -289,12 +289,13 @@ class Dense(Wide):
         return super().__call__(*inputs, dim=dim)
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
-        # numbers that change from call to call, as in training, are not worth packing
-        if self.seen is None or self.seen():
+        changed = self.seen is not None and self.seen()
+        if changed or self.seen is None:
             self.seen = self.shortcut.look().is_other()
-        elif all(p.dtype == torch.float32 for p in self.dense()):
-            return super().run(inputs, dim)
-        return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
+        # numbers that change from call to call, as in training, are not worth packing
+        if changed or any(p.dtype != torch.float32 for p in self.dense()):
+            return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
+        return super().run(inputs, dim)
 
 
 class Head(Wide):

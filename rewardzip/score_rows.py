@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import queue
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .int8 import Fused
 from .nn import CompressedLinear
 from .score_plan import Part, Plan, need_pyarrow
+from .swap import swap
 
 # what is read at once, in bytes of one batch's inputs; a few batches are in memory at any time
 READ_BYTES = 4 << 20
@@ -49,6 +52,10 @@ class Scorer:
         on_cpu = self.device.type == "cpu"
         self.workers = torch.get_num_threads() if on_cpu and size <= COPIED_BYTES else 1
         self.outputs = self._probe(model)
+        if on_cpu and size <= COPIED_BYTES:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what cannot be fused runs as it is
+                model = swap(model, Fused())
         self.schema = self._schema()
         self.models: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         for i in range(self.workers):
