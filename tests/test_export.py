@@ -159,6 +159,19 @@ def test_pt2_holds_the_ops_and_runs_equal(name, tmp_path):
             assert torch.equal(program.module()(*others), fast(*others))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pte_runs_equal_in_executorch(name, tmp_path):
+    """Where ExecuTorch is installed: ``pip install executorch``, in an environment of its own."""
+    pytest.importorskip("executorch")
+    model, given, config = rz.RewardMLP(17, 6, (64, 32)).eval(), inputs(17, 6), CONFIGS[name]
+    made = rz.export(model if config is None else rz.swap(model, config, given), tmp_path / "reward.pte", given)
+    # rows are rounded alike, but where one lies between two integers
+    assert made.error <= min(made.bound, 1e-4 if name in ("dense", "int8") else made.bound)
+    dense = rz.export(model, tmp_path / "dense.pte", given)
+    assert (tmp_path / "reward.pte").stat().st_size <= (tmp_path / "dense.pte").stat().st_size
+    assert dense.error < 1e-5
+
+
 @pytest.mark.parametrize("scalar_outputs", [False, True])
 def test_layers_too_wide_for_one_launch(scalar_outputs, tmp_path):
     fast = rz.swap(mlp(64, 512, 300, outputs=1).eval(), rz.Int8(activations="dynamic", scalar_outputs=scalar_outputs))

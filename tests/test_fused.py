@@ -105,6 +105,20 @@ def test_gradients_and_other_types():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_whoever_traces_it_sees_the_layers(tmp_path):
+    fast, x = rz.swap(mlp(6, 16, 16, 1), rz.Fused()), torch.randn(4, 6)
+    y = settled(fast, x)
+    made = rz.export(fast, tmp_path / "net.pt2", (x,))
+    assert made.error < 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(fast)(x), y)
+        swapped = torch.func.functional_call(fast, {"0.weight": torch.zeros(16, 6)}, (x,))
+        torch.testing.assert_close(swapped, fast(torch.zeros_like(x)))
+        torch.testing.assert_close(fast(x), y)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fast(mode.from_tensor(x)).shape == (4, 1)
+
+
 def test_copies_are_fused_too():
     fast, x = rz.swap(mlp(6, 16, 16, 1), rz.Fused()), torch.randn(4, 6)
     y = settled(fast, x)
