@@ -95,8 +95,13 @@ class Chain:
         # on a GPU, rounding rows between layers in one launch would be slower than what it saves
         if self.is_training() or (self.rounds_rows and inputs[0].is_cuda):
             return self.one_by_one(*inputs)
+        y = self.settled(inputs)
         widths = tuple([int(x.shape[-1]) for x in inputs])
         packed = self.packed.get(widths)
+        if y is not None:
+            if packed is None:  # what is compiled or exported later finds it
+                self.pack(widths)
+            return y
         if is_compiling():
             if packed is None:
                 return self.one_by_one(*inputs)
@@ -105,9 +110,15 @@ class Chain:
                 return self.one_by_one(*inputs)
             packed = self.pack(widths)
         compute = compute_for(inputs[0], self.compute_dtype)
-        y = fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
-        self.shortcut.settle(inputs, packed.layers, compute)
-        return y
+        return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
+
+    def settled(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Of a plain call on a CPU, which is the same from the first one on."""
+        if is_compiling() or not inputs[0].is_cpu:
+            return None
+        described = self.describe(tuple([int(x.shape[-1]) for x in inputs]))
+        self.shortcut.settle(inputs, described, compute_for(inputs[0], self.compute_dtype))
+        return self.route.quick(*inputs)
 
     def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
         """The first ``layers``, or all."""
@@ -245,11 +256,8 @@ class Wide(Chain):
             inputs = (torch.cat(inputs, dim),)
         if inputs[0].is_cuda and self.tail is not None:
             return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
-        if self.weights <= WEIGHTS_OF_ONE_CALL and inputs[0].is_cpu and not self.is_training():
-            described = self.describe(tuple([x.shape[-1] for x in inputs]))
-            self.shortcut.settle(inputs, described, compute_for(inputs[0], self.compute_dtype))
-            # the same numbers from the first call on
-            y = None if is_compiling() else self.route.quick(*inputs)
+        if self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
+            y = self.settled(inputs)
             if y is not None:
                 return y
         return self.one_by_one(*inputs)
@@ -281,7 +289,7 @@ class Pruned(Wide):
 class Dense(Wide):
     """Layers that are not compressed, in one call on a CPU that adds in another order and changes nothing else."""
 
-    seen: Callable[[], bool] | None = None
+    seen: int | None = None
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         if self.is_training():
@@ -291,11 +299,9 @@ class Dense(Wide):
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         if is_compiling() or not nobody_listens(inputs):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
-        changed = self.seen is not None and self.seen()
-        if changed or self.seen is None:
-            self.seen = self.shortcut.look().is_other()
         # numbers that change from call to call, as in training, are not worth packing
-        if changed or any(p.dtype != torch.float32 for p in self.dense()):
+        before, self.seen = self.seen, sum([0 if p.is_inference() else p._version for p in self.dense()])
+        if before not in (None, self.seen) or any(p.dtype != torch.float32 for p in self.dense()):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         return super().run(inputs, dim)
 

@@ -6,6 +6,8 @@ The questions are written out as source: asked in a loop they would take longer 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,16 +34,18 @@ class Watch:
                 self.names[name] = tensor
                 self.replaced.append(f"t{i}.get({key!r}) is not {name}")
                 if isinstance(tensor, nn.Parameter):
-                    self.moved.append(f"{name}.data_ptr() != {tensor.data_ptr()}")
+                    self.names[f"{name}_at"] = tensor.data_ptr()
+                    self.moved.append(f"{name}.data_ptr() != {name}_at")
                 if tensor is not None and not tensor.is_inference():
                     self.versions[name] = tensor._version
 
     def changed(self, live: Set[int] = frozenset()) -> str:
         """An expression over ``names``; what is written to the tensors of these ids is no change."""
         counted = {name: count for name, count in self.versions.items() if id(self.names[name]) not in live}
-        written = (
-            [f"{' + '.join(f'{name}._version' for name in counted)} != {sum(counted.values())}"] if counted else []
-        )
+        # numbers go by names: the source stays the same when they change, and is compiled once
+        total = f"versions_of_{len(counted)}"
+        self.names[total] = sum(counted.values())
+        written = [f"{' + '.join(f'{name}._version' for name in counted)} != {total}"] if counted else []
         return " or ".join([*self.replaced, *self.moved, *written])
 
     def is_other(self) -> Callable[[], bool]:
@@ -50,6 +54,11 @@ class Watch:
     def function(self, source: str, **names: Any) -> Callable[..., Any]:
         """The function ``f`` that the source defines."""
         place = self.names | names
-        exec(source, place)
+        exec(_compiled(source), place)
         found: Callable[..., Any] = place["f"]
         return found
+
+
+@lru_cache(maxsize=1024)
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<watch>", "exec")
