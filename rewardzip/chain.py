@@ -99,7 +99,7 @@ class Chain:
         widths = tuple([int(x.shape[-1]) for x in inputs])
         packed = self.packed.get(widths)
         if y is not None:
-            if packed is None:  # what is compiled or exported later finds it
+            if packed is None or packed.changed():  # what is compiled or exported reads it
                 self.pack(widths)
             return y
         if is_compiling():

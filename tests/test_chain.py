@@ -260,6 +260,17 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
         assert fast.whole.shortcut.straight.quick(x) is not None, "and settled anew"
 
 
+def test_what_is_compiled_reads_the_numbers_of_the_last_eager_call():
+    fast, x = rz.swap(mlp(6, 16, 16, 1).requires_grad_(False), rz.Int8()), torch.randn(4, 6)
+    before = fast(x)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), before)
+    fast[0].scale.mul_(2)
+    after = fast(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(compiled(x), after)
+
+
 def test_a_settled_call_takes_no_other_inputs():
     fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
     state, action = torch.randn(5, 17), torch.randn(5, 6)
