@@ -72,9 +72,7 @@ class Chain:
         self.packed: dict[tuple[int, ...], _Packed] = {}
         parts = [*self.linears, *filter(None, self.norms)]
         self.shortcut = Shortcut(parts, lambda: [self.numbers()], None, "none")
-        self.compressed, self.dense, self.is_training = (
-            self.shortcut.compressed, self.shortcut.dense, self.shortcut.is_training,
-        )  # fmt: skip
+        self.dense, self.is_training = self.shortcut.dense, self.shortcut.is_training
         self.route, self.guided = self.shortcut.straight, Guided(self)
         self.guidable = self.compute_dtype in (None, torch.float32, torch.int8)
 
