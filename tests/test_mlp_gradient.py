@@ -181,3 +181,13 @@ def test_slopes_that_do_not_follow_from_the_output(model):
     (gradient,) = torch.autograd.grad(fast(x).sum(), x)
     (expected,) = torch.autograd.grad(rz.restore(fast).requires_grad_(False)(x).sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_rounded_rows_give_the_launchs_output(names):
+    """Widths off 16: what stands beyond a row must not count as its largest."""
+    torch.manual_seed(0)
+    described = ", ".join(f"{n} {a}" for n, a in zip((5, 9, 1), names, strict=True))
+    made = network([random_networks((7, 5, 9, 1), torch.int8)], f"7: {described}", None, "none", torch.int8)
+    x = 0.01 * torch.randn(20, 7)
+    assert torch.equal(made.gradient()([x])[0], made.bound([x.shape])(x)[:, 0])
