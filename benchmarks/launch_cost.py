@@ -13,8 +13,10 @@ from datetime import date
 
 import torch
 
+import rewardzip as rz
 from rewardzip.nn import Int8Linear
-from rewardzip_kernels import int8_linear, loading
+from rewardzip_kernels import fused_mlp, int8_linear, loading
+from rewardzip_kernels.gpu import fused_mlp as gpu_mlp
 from rewardzip_kernels.gpu import int8_linear as gpu
 from rewardzip_kernels.gpu import launch
 
@@ -51,11 +53,22 @@ def main() -> None:
         launch.current_stream = lambda _: 0
         torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
         loading._found["cpu", "int8_linear"] = gpu.int8_linear
+        loading._found["cpu", "fused_mlp"] = gpu_mlp.fused_mlp
     dense = torch.nn.Linear(64, 64, device=device).requires_grad_(False)
     layer = Int8Linear.from_linear(dense)
     x = torch.randn(32, 64, device=device)
+    reward = rz.RewardMLP(17, 7, (64, 64)).to(device).requires_grad_(False)
+    members = [rz.MLP((24,), (64, 64)).to(device).requires_grad_(False) for _ in range(5)]
+    fast, ensemble = rz.swap(reward, rz.Int8()), rz.fuse_ensemble(members)
+    state, action, both = (torch.randn(32, width, device=device) for width in (17, 7, 24))
+    packed = type(fast.net).chains[0]
+    numbers = (*packed.flat((17, 7)), packed.describe((17, 7)))
     arguments = (x, layer.int8_weight, layer.scale, layer.fp32_bias, "relu", None)
     rows = {
+        "RewardMLP 17+7-64-64-1, dense": lambda: reward(state, action),
+        "the same, swapped": lambda: fast(state, action),
+        "its op, past the dispatcher": lambda: fused_mlp([state, action], *numbers),
+        "an ensemble of 5 such": lambda: ensemble(both),
         "nn.Linear, for scale": lambda: dense(x),
         "Int8Linear module": lambda: layer(x, "relu"),
         "int8_linear, past the dispatcher": lambda: int8_linear(*arguments),

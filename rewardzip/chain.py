@@ -95,11 +95,10 @@ class Chain:
             return self.one_by_one(*inputs)
         y = self.settled(inputs)
         widths = tuple([int(x.shape[-1]) for x in inputs])
-        packed = self.packed.get(widths)
         if y is not None:
-            if packed is None or packed.changed():  # what is compiled or exported reads it
-                self.pack(widths)
+            self.flat(widths)  # what is compiled or exported reads it
             return y
+        packed = self.packed.get(widths)
         if is_compiling():
             if packed is None:
                 return self.one_by_one(*inputs)
@@ -111,11 +110,12 @@ class Chain:
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
 
     def settled(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Of a plain call on a CPU, which is the same from the first one on."""
-        if is_compiling() or not inputs[0].is_cpu:
+        """Of a plain call, which is the same from the first one on."""
+        if is_compiling():
             return None
-        described = self.describe(tuple([int(x.shape[-1]) for x in inputs]))
-        self.shortcut.settle(inputs, described, compute_for(inputs[0], self.compute_dtype))
+        widths = tuple([int(x.shape[-1]) for x in inputs])
+        compute = compute_for(inputs[0], self.compute_dtype)
+        self.shortcut.settle(inputs, self.describe(widths), compute, lambda: self.flat(widths))
         return self.route.quick(*inputs)
 
     def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
@@ -139,6 +139,13 @@ class Chain:
             weights, params = old.weights.copy_(weights), old.params.copy_(params)
         self.packed[widths] = _Packed(changed, weights, params, layers)
         return self.packed[widths]
+
+    def flat(self, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What the op takes, as the layers are now."""
+        packed = self.packed.get(widths)
+        if packed is None or packed.changed():
+            packed = self.pack(widths)
+        return packed.weights, packed.params
 
     def take_over(self, old: Chain) -> None:
         """Keep what an equal chain over the same layers has packed: a captured or compiled graph may read it."""
@@ -254,7 +261,7 @@ class Wide(Chain):
             inputs = (torch.cat(inputs, dim),)
         if inputs[0].is_cuda and self.tail is not None:
             return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
-        if self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
+        if inputs[0].is_cpu and self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
             y = self.settled(inputs)
             if y is not None:
                 return y

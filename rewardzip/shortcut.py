@@ -1,4 +1,4 @@
-"""A launch's CPU calls, settled for the shapes seen before: nothing is looked up or checked that cannot have changed.
+"""A launch's calls, settled for the shapes seen before: nothing is looked up or checked that cannot have changed.
 
 One row through a small MLP takes a few tenths of a microsecond; what is asked before it is asked in the cheapest way.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from rewardzip_kernels.fused_mlp import network
+from rewardzip_kernels.fused_mlp import network, packed_network
 from rewardzip_kernels.mlp_layout import Linear
 from rewardzip_kernels.registration import modes, nobody_listens, tracing, transforms
 
@@ -68,10 +68,21 @@ class Shortcut:
     def dense(self) -> list[nn.Parameter]:
         return [p for table in self.tables for p in table.values() if p is not None]
 
-    def settle(self, inputs: tuple[Tensor, ...], layers: str, compute: torch.dtype | None) -> None:
-        """Keep the call for inputs of these shapes, and what must not change for as long as it is used."""
+    def settle(
+        self,
+        inputs: tuple[Tensor, ...],
+        layers: str,
+        compute: torch.dtype | None,
+        packed: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Keep the call for inputs of these shapes, and what must not change for as long as it is used.
+
+        ``packed`` gives what the op takes, which a GPU reads where it lies.
+        """
         x = inputs[0]
-        if not x.is_cpu or compute not in (torch.float32, torch.int8) or is_compiling() or not nobody_listens(inputs):
+        if is_compiling() or not nobody_listens(inputs):
+            return
+        if compute not in (torch.float32, torch.int8) if x.is_cpu else not x.is_cuda or packed is None:
             return
         if len(inputs) != self.arity or self.changed():
             self.forget(len(inputs))
@@ -85,12 +96,14 @@ class Shortcut:
         widths = tuple(x.shape[-1] for x in inputs)
         found = networks.get(widths)
         if found is None:
-            found = network(self.numbers(), layers, self.members, self.reduce, compute)
+            if x.is_cpu and compute is not None:
+                found = network(self.numbers(), layers, self.members, self.reduce, compute)
+            if found is None and packed is not None:
+                found = packed_network(*packed(), layers, self.members, self.reduce, compute)
             if found is None:
                 return
             networks[widths] = found
-        shapes = [x.shape for x in inputs]
-        calls[x.shape], flat[x.shape] = found.bound(shapes), found.bound(shapes, flat=True)
+        calls[x.shape], flat[x.shape] = found.bound(list(inputs)), found.bound(list(inputs), flat=True)
         if self.straight.quick is _nothing_settled:
             changed = watch.changed({id(t) for t in found.live})
             self.straight.quick, self.flat.quick = (self.guarded(table.get, watch, changed) for table in (calls, flat))

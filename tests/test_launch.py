@@ -1,7 +1,15 @@
 """The cached launch: what it keys on, and that a hit goes straight to the compiled kernel. Needs no GPU."""
 
+import importlib
+from contextlib import nullcontext
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import nn
+
+import rewardzip as rz
+from rewardzip_kernels import loading
 
 triton = pytest.importorskip("triton")
 
@@ -84,3 +92,156 @@ def test_a_profiler_hook_takes_the_slow_way(recorded, monkeypatch):
     launch("kernel", (1, 1, 1), (), (torch.ones(1),))
     assert len(recorded) == 2
     assert recorded[0].runs == []
+
+
+@pytest.fixture
+def on_gpu_kernels(recorded, monkeypatch):
+    """Modules on the CPU run what they would on a GPU, up to the driver."""
+    for op in ("fused_mlp", "int8_linear"):
+        module = importlib.import_module(f"rewardzip_kernels.gpu.{op}")
+        monkeypatch.setitem(loading._found, ("cpu", op), getattr(module, op))
+    return recorded
+
+
+def launched(run, y):
+    """What a launch was given, tensors by place and size; its output, argument y and new, by its size alone."""
+
+    def plain(x):
+        if isinstance(x, tuple):
+            return tuple(map(plain, x))
+        return (x.data_ptr(), x.shape.numel(), x.dtype) if isinstance(x, torch.Tensor) else x
+
+    head, arguments = run[:9], list(run[9:])
+    arguments[y] = (arguments[y].numel(), arguments[y].dtype)
+    return (*head, *map(plain, arguments))
+
+
+def dense(*sizes):
+    torch.manual_seed(0)
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False)
+
+
+# a module, the widths of its inputs, and which of its kernel's arguments is y
+CASES = {
+    "two inputs": (lambda: rz.swap(rz.RewardMLP(5, 3, (32, 32)).requires_grad_(False), rz.Int8()), (5, 3), 0),
+    "one input": (lambda: rz.swap(dense(16, 32, 4), rz.Int8()), (16,), 0),
+    "three members": (lambda: rz.fuse_ensemble([dense(16, 32, 1) for _ in range(3)]), (16,), 0),
+    "a layer": (lambda: rz.nn.Int8Linear.from_linear(nn.Linear(64, 32)), (64,), 5),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
+def case(request, on_gpu_kernels):
+    make, widths, y = CASES[request.param]
+    fast = make()
+
+    def runs(*inputs):
+        """The answer, and every launch of compiled kernels that it took."""
+        before = [len(kernel.runs) for kernel in on_gpu_kernels]
+        answer = fast(*inputs)
+        after = [run for kernel, n in zip(on_gpu_kernels, before, strict=False) for run in kernel.runs[n:]]
+        return answer, [launched(run, y) for run in after]
+
+    return fast, widths, runs
+
+
+def forget(fast):
+    for m in fast.modules():
+        if isinstance(m, rz.nn.CompressedLinear):
+            m._changed()
+        for chain in getattr(type(m), "chains", []):
+            chain.shortcut.forget(0)
+    if hasattr(fast, "launch"):
+        fast.launch.shortcut.forget(0)
+
+
+def looks_nothing_up(monkeypatch):
+    for op in ("fused_mlp", "int8_linear"):
+        monkeypatch.setattr(f"rewardzip_kernels.gpu.{op}.launch", lambda *_, **__: pytest.fail("it was looked up"))
+
+
+@pytest.mark.parametrize("rows", [(6,), (7, 2), (300,), ()])
+def test_a_settled_call_launches_what_the_whole_one_does(case, rows, monkeypatch):
+    fast, widths, runs = case
+    inputs = [torch.randn(*rows, width) for width in widths]
+    first = fast(*inputs)
+    forget(fast)
+    whole = runs(*inputs)[1][0]
+    looks_nothing_up(monkeypatch)
+    y, (settled,) = runs(*inputs)
+    assert settled == whole
+    assert (y.shape, y.dtype) == (first.shape, first.dtype)
+    other = [x.clone() for x in inputs]
+    assert runs(*other)[1] != [settled], "it reads what it is given"
+
+
+def test_what_is_not_settled_is_looked_up(case, monkeypatch):
+    fast, widths, runs = case
+    inputs = [torch.randn(6, width) for width in widths]
+    for _ in range(2):
+        fast(*inputs)
+
+    def looked_up(*given):
+        with monkeypatch.context() as inside:
+            looks_nothing_up(inside)
+            with pytest.raises(pytest.fail.Exception, match="looked up"):
+                fast(*given)
+        return True
+
+    store = [torch.zeros(1000) for _ in widths]
+    assert looked_up(*[x.half() for x in inputs])
+    assert looked_up(*[x[:5] for x in inputs])
+    assert looked_up(*[s[: 12 * w].view(6, 2 * w)[:, :w] for s, w in zip(store, widths, strict=True)])
+    assert looked_up(*[s[1 : 1 + 6 * w].view(6, w) for s, w in zip(store, widths, strict=True)])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    assert looked_up(*inputs)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    assert len(runs(*inputs)[1]) == 1
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    assert looked_up(*inputs)
+
+
+def test_a_settled_call_sees_new_numbers_where_the_old_ones_were(case):
+    """A captured graph reads the same memory."""
+    fast, widths, runs = case
+    inputs = [torch.randn(6, width) for width in widths]
+    for _ in range(2):
+        fast(*inputs)
+    before = runs(*inputs)[1]
+    layer = next(m for m in fast.modules() if isinstance(m, rz.nn.Int8Linear))
+    layer.scale.mul_(2)
+    fast(*inputs)
+    assert runs(*inputs)[1] == before
+    packed = next((c for m in fast.modules() for c in getattr(type(m), "chains", []) if c.packed), None)
+    if hasattr(fast, "launch"):
+        params = fast.launch.packed[widths][2]
+    elif packed is None:
+        return
+    else:
+        params = packed.packed[widths].params
+    assert torch.isin(layer.scale, params).all()
+
+
+def test_settled_calls_of_16_bit_rows(recorded):
+    """Modules on a CPU do not ask for them."""
+    from rewardzip_kernels.gpu.fused_mlp import Network
+    from rewardzip_kernels.gpu.int8_linear import int8_linear
+
+    (chain,) = type(rz.swap(dense(16, 32, 4), rz.Int8())).chains
+    layer = rz.nn.Int8Linear.from_linear(nn.Linear(16, 4))
+    x = torch.randn(6, 16).half()
+    for settle, y_at in (
+        (lambda: Network(*chain.flat((16,)), chain.describe((16,)), None, "none", None).bound([x]), 0),
+        (lambda: int8_linear.settled(layer.int8_weight, layer.scale, layer.fp32_bias, "relu", None, x), 5),
+    ):
+        settle()  # compiles
+        call = settle()
+        whole = launched(recorded[-1].runs[-1], y_at)
+        y = call(x)
+        assert launched(recorded[-1].runs[-1], y_at) == whole
+        assert len(recorded[-1].runs) == 2
+        assert (y.shape, y.dtype) == ((6, 4), torch.float16)
+        assert call(x.float()) is None
+        assert call(x.bfloat16()) is None

@@ -190,4 +190,4 @@ def test_rounded_rows_give_the_launchs_output(names):
     described = ", ".join(f"{n} {a}" for n, a in zip((5, 9, 1), names, strict=True))
     made = network([random_networks((7, 5, 9, 1), torch.int8)], f"7: {described}", None, "none", torch.int8)
     x = 0.01 * torch.randn(20, 7)
-    assert torch.equal(made.gradient()([x])[0], made.bound([x.shape])(x)[:, 0])
+    assert torch.equal(made.gradient()([x])[0], made.bound([x])(x)[:, 0])

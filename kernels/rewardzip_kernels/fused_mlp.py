@@ -272,8 +272,8 @@ def fused_mlp(
 def network(
     networks: list[list[Linear]], layers: str, members: int | None, reduce: str, compute_dtype: torch.dtype
 ) -> Any:
-    """The CPU's form of these layers, of any width: ``bound(shapes)`` gives a function of inputs, ``live`` is what it
-    reads where it lies. None where they are not on a CPU, or its implementation has none.
+    """The CPU's form of these layers, of any width: ``bound(inputs)`` gives a function of inputs such as these,
+    ``live`` is what it reads where it lies. None where they are not on a CPU, or its implementation has none.
 
     It is for eager calls that nobody listens to, and does not notice changes of the other tensors.
     """
@@ -291,3 +291,12 @@ def network(
         return None
     with torch.no_grad():
         return make(networks, layout(layers, True), members, reduce, compute_dtype, None)
+
+
+def packed_network(
+    weights: Tensor, params: Tensor, layers: str, members: int | None, reduce: str, compute_dtype: torch.dtype | None
+) -> Any:
+    """As ``network``, of packed tensors that are read where they lie: a GPU's form, and None elsewhere."""
+    device = "cpu" if weights.is_cpu else "gpu"
+    make = getattr(implementation(device, "fused_mlp", fused_mlp_reference), "packed_network", None)
+    return make and make(weights, params, layers, members, reduce, compute_dtype)

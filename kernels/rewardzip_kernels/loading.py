@@ -50,9 +50,7 @@ def implementation(device: str, op: str, reference: Callable[..., Any]) -> Calla
 
 def settled(device: torch.device, op: str, *arguments: Any) -> Callable[..., Any] | None:
     """A shorter way for eager calls of ``op`` that nobody listens to, where its implementation has one."""
-    if device.type != "cpu":
-        return None
-    settle = getattr(_found.get(("cpu", op)), "settled", None)
+    settle = getattr(_found.get(("cpu" if device.type == "cpu" else "gpu", op)), "settled", None)
     return settle(*arguments) if settle else None
 
 

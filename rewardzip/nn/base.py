@@ -67,8 +67,9 @@ class CompressedLinear(nn.Module):
             if y is not None:
                 return y
         y = self.compute(input, activation)
-        if input.is_cpu and input.dtype == torch.float32 and not is_compiling() and nobody_listens(input):
-            call = self.settle(input.shape, activation)
+        fits = input.is_cuda or (input.is_cpu and input.dtype == torch.float32)
+        if fits and not is_compiling() and nobody_listens(input):
+            call = self.settle(input, activation)
             others = self.settled if len(self.settled) < SHAPES_KEPT else {}
             if call is not None:
                 self.__dict__["settled"] = {**others, (input.shape, activation): self.guarded(call)}
@@ -82,8 +83,8 @@ class CompressedLinear(nn.Module):
     def compute(self, input: Tensor, activation: str) -> Tensor:
         raise NotImplementedError
 
-    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
-        """``compute`` for fp32 inputs of a shape, where the op has a shorter way; it must notice written buffers."""
+    def settle(self, input: Tensor, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        """``compute`` for inputs such as this, where the op has a shorter way; it must notice written buffers."""
 
     @property
     def weight(self) -> Tensor:

@@ -143,9 +143,9 @@ class BlockSparseLinear(SparseLinear):
     def compute(self, input: Tensor, activation: str) -> Tensor:
         return block_sparse_linear(input, *self.numbers(), activation, self.rows == "dynamic")
 
-    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+    def settle(self, input: Tensor, activation: str) -> Callable[[Tensor], Tensor | None] | None:
         device, dynamic = self.block_values.device, self.rows == "dynamic"
-        return settled(device, "block_sparse_linear", *self.numbers(), activation, dynamic, shape)
+        return settled(device, "block_sparse_linear", *self.numbers(), activation, dynamic, input)
 
     def extra_repr(self) -> str:
         height, width = grid(self.out_features, self.in_features, self.block)

@@ -114,12 +114,12 @@ class Int8Linear(CompressedLinear):
             return int8_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.compute_dtype)
         return int8_dynamic_linear(input, self.int8_weight, self.scale, self.fp32_bias, activation, self.x_scale)
 
-    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
-        if self.compute_dtype not in (None, torch.float32):
+    def settle(self, input: Tensor, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        if self.compute_dtype not in (None, input.dtype):
             return None
         op = "int8_linear" if self.rows == "float" else "int8_dynamic_linear"
         numbers = self.int8_weight, self.scale, self.fp32_bias
-        return settled(self.int8_weight.device, op, *numbers, activation, self.x_scale, shape)
+        return settled(self.int8_weight.device, op, *numbers, activation, self.x_scale, input)
 
     def extra_repr(self) -> str:
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"

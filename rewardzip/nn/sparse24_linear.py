@@ -120,8 +120,8 @@ class Sparse24Linear(SparseLinear):
     def compute(self, input: Tensor, activation: str) -> Tensor:
         return sparse24_linear(input, *self._numbers(), activation, self._compute_dtype())
 
-    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
-        more = activation, self._compute_dtype(), shape
+    def settle(self, input: Tensor, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        more = activation, self._compute_dtype(), input
         return settled(self.indices.device, "sparse24_linear", *self._numbers(), *more)
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]:

@@ -116,8 +116,8 @@ class SparseRowsLinear(SparseLinear):
     def compute(self, input: Tensor, activation: str) -> Tensor:
         return sparse_rows_linear(input, *self._numbers(), activation)
 
-    def settle(self, shape: torch.Size, activation: str) -> Callable[[Tensor], Tensor | None] | None:
-        return settled(self.starts.device, "sparse_rows_linear", *self._numbers(), activation, shape)
+    def settle(self, input: Tensor, activation: str) -> Callable[[Tensor], Tensor | None] | None:
+        return settled(self.starts.device, "sparse_rows_linear", *self._numbers(), activation, input)
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, Tensor | None]:
         return self.packed_values, self.columns, self.starts, self.scale, self.in_features, self.fp32_bias

@@ -1,16 +1,16 @@
 """Whether the numbers of some layers are still what they were, asked at every call.
 
-The questions are written out as source: asked in a loop they would take longer than a row's arithmetic.
+The questions are written out as source, see ``rewardzip_kernels.written``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
+
+from rewardzip_kernels import written
 
 Table = Mapping[str, Tensor | None]
 
@@ -53,12 +53,4 @@ class Watch:
 
     def function(self, source: str, **names: Any) -> Callable[..., Any]:
         """The function ``f`` that the source defines."""
-        place = self.names | names
-        exec(_compiled(source), place)
-        found: Callable[..., Any] = place["f"]
-        return found
-
-
-@lru_cache(maxsize=1024)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<watch>", "exec")
+        return written.function(source, self.names | names)

@@ -181,22 +181,22 @@ def settled(
     bias: Tensor | None,
     activation: str,
     dynamic: bool,
-    shape: torch.Size,
+    x: Tensor,
 ) -> Callable[[Tensor], Tensor | None] | None:
-    """The call for inputs of this shape, all else looked up already; None where that is not the work of one thread.
+    """The call for inputs of x's shape, all else looked up already; None where that is not the work of one thread.
 
     It gives None for inputs that are not fp32 and contiguous on a CPU, and once the blocks have been written to. The
     other tensors are read where they lie.
     """
-    n, m = out_features, shape[:-1].numel()
+    n, m = out_features, x.shape[:-1].numel()
     dense = all(t is None or t.is_contiguous() for t in (scale, bias))
-    if values.is_inference() or not dense or shape[-1] != in_features:
+    if values.is_inference() or not dense or x.shape[-1] != in_features:
         return None
     layer = Layer((values, columns, starts, n, in_features, scale, bias), activation, dynamic, None)
     run = layer.run
     if run is None or not 0 < m < layer.parallel_rows:
         return None
-    version, out = values._version + columns._version + starts._version, (*shape[:-1], n)
+    version, out = values._version + columns._version + starts._version, (*x.shape[:-1], n)
     fixed, size, panels, scratch = (*layer.fixed, in_features), layer.size, layer.packed.count, threads.scratch
 
     def call(x: Tensor, held: Any = layer.held) -> Tensor | None:

@@ -9,7 +9,6 @@ import struct
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..checks import dense_rows
 from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
 from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
+from ..written import function
 from . import mlp_gradient, threads
 from .engine import kernel
 from .instruction_sets import choose
@@ -155,26 +155,26 @@ class Network:
         """Its form that gives the gradient of its one output as well, or None."""
         return Gradient(self) if Gradient.takes(self) else None
 
-    def bound(self, shapes: list[torch.Size], flat: bool = False) -> Callable[..., Tensor | None] | None:
+    def bound(self, inputs: list[Tensor], flat: bool = False) -> Callable[..., Tensor | None] | None:
         """The network as a function of inputs of these shapes, or None; for others, and all but dense fp32 on a CPU,
         the function gives None. ``flat``: the one output of a row has no dimension of its own.
         """
+        shapes = [x.shape for x in inputs]
         leading = shapes[0][:-1]
         m, shape = leading.numel(), (*self.leading, *leading, *(() if flat else (self.outputs,)))
         fits = [s[-1] for s in shapes] == list(self.pieces) and all(s[:-1] == leading for s in shapes)
         if self.run is None or not fits or m == 0 or not shape or (flat and self.outputs > 1):
             return None
         few = m <= BLOCK or m * self.work < self.parallel_work
-        inputs = [f"x{i}" for i in range(len(shapes))]
-        other = [f"{x}.shape != {x}_shape" for x in inputs[1:]]
-        other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in inputs]
-        places = ", ".join(f"{x}.data_ptr(), {x}_width" for x in inputs)
+        names = [f"x{i}" for i in range(len(shapes))]
+        other = [f"{x}.shape != {x}_shape" for x in names[1:]]
+        other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in names]
+        places = ", ".join(f"{x}.data_ptr(), {x}_width" for x in names)
         scratch = "0" if self.scratch <= OWN_SCRATCH else "scratch(size)"
         run = f"run(table, {scratch}, address({places}), 0, m, m, y.data_ptr())"
-        # written out, since a loop over the inputs takes longer than a row; numbers go by names, so that the source is
-        # compiled once. ``new`` is ``new_empty``, a tenth of a microsecond faster, but for the shape ()
+        # ``new`` is ``new_empty``, a tenth of a microsecond faster, but for the shape ()
         source = f"""
-def call({", ".join(inputs)}):
+def f({", ".join(names)}):
     if {" or ".join(other)}:
         return None
     y = x0.new({", ".join(f"y{i}" for i in range(len(shape)))})
@@ -185,16 +185,9 @@ def call({", ".join(inputs)}):
         known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
         place: dict[str, Any] = {**known, "table": self.table_at, "size": self.scratch, "m": m}
         place |= {f"y{i}": size for i, size in enumerate(shape)}
-        for x, s, width in zip(inputs, shapes, self.pieces, strict=True):
+        for x, s, width in zip(names, shapes, self.pieces, strict=True):
             place |= {f"{x}_shape": s, f"{x}_width": width}
-        exec(_compiled(source), place)
-        call: Callable[..., Tensor | None] = place["call"]
-        return call
-
-
-@lru_cache(maxsize=256)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<network>", "exec")
+        return function(source, place)
 
 
 class Gradient:

@@ -117,9 +117,9 @@ def settled(
     bias: Tensor | None,
     activation: str,
     x_scale: Tensor | None,
-    shape: torch.Size,
+    x: Tensor,
 ) -> Callable[[Tensor], Tensor | None] | None:
-    """``linear`` for inputs of this shape, all else looked up already; None where that is not the work of one thread.
+    """``linear`` for inputs of x's shape, all else looked up already; None where that is not the work of one thread.
 
     It gives None for inputs that are not fp32 and contiguous on a CPU, and once one of the ``weights``, which ``pack``
     makes a layer of, has been written to. The other tensors are read where they lie.
@@ -128,10 +128,10 @@ def settled(
     dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
     if run is None or any(weight.is_inference() for weight in weights) or not dense:
         return None
-    layer, m = pack(*weights), shape[:-1].numel()
-    if shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
+    layer, m = pack(*weights), x.shape[:-1].numel()
+    if x.shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
         return None
-    first, last, out = weights[0], weights[-1], (*shape[:-1], layer.n)
+    first, last, out = weights[0], weights[-1], (*x.shape[:-1], layer.n)
     version, k = first._version + last._version, layer.k
     scale = layer.ones if scale is None else scale
     block, panels, scratch = min(BLOCK, m), layer.count, threads.scratch

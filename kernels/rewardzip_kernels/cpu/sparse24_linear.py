@@ -49,11 +49,11 @@ def _settled(
     bias: Tensor | None,
     activation: str,
     compute_dtype: torch.dtype | None,
-    shape: torch.Size,
+    x: Tensor,
 ) -> Callable[[Tensor], Tensor | None] | None:
     kind = Sparse24Int8 if compute_dtype == torch.int8 else FLOAT_KINDS[values.dtype]
     pack = partial(_packed, in_features=in_features)
-    return settled(kind, pack, (values, indices), scale, bias, activation, None, shape)
+    return settled(kind, pack, (values, indices), scale, bias, activation, None, x)
 
 
 sparse24_linear.settled = _settled  # type: ignore[attr-defined]

@@ -144,16 +144,16 @@ def _settled(
     in_features: int,
     bias: Tensor | None,
     activation: str,
-    shape: torch.Size,
+    x: Tensor,
 ) -> Callable[[Tensor], Tensor | None] | None:
     """As ``linear.settled``: all looked up but the input, for calls that one thread does."""
     weights = values, columns, starts
     run, parameter, lanes = prepare(values.dtype == torch.int8, columns.element_size(), activation, None)
     dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
-    if run is None or any(weight.is_inference() for weight in weights) or not dense or shape[-1] != in_features:
+    if run is None or any(weight.is_inference() for weight in weights) or not dense or x.shape[-1] != in_features:
         return None
     stored: Stored = kept(Stored, weights, in_features)
-    m, n, out = shape[:-1].numel(), stored.n, (*shape[:-1], stored.n)
+    m, n, out = x.shape[:-1].numel(), stored.n, (*x.shape[:-1], stored.n)
     if m == 0 or m * stored.work >= PARALLEL_WORK:
         return None
     scale, bias = stored.ones if scale is None else scale, stored.zeros if bias is None else bias

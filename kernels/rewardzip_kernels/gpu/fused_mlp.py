@@ -10,9 +10,10 @@ needs all sums of a row before any of them can end: its layer is computed twice,
 one network fit on chip they are loaded before the loop over the rows (RESIDENT), elsewhere a tile at a time.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,9 +23,10 @@ from torch import Tensor
 from ..checks import dense_rows
 from ..fused_mlp import compute_type, fused_mlp_reference, new_output
 from ..mlp_layout import Layout, layout
+from ..written import function
 from . import tiles
 from .int8_linear import TL_DTYPE
-from .launch import aligned, launch
+from .launch import aligned, launch, settled
 from .mlp_layers import network, zeros
 from .mlp_tiles import block, depth, get, load_all, member_size
 
@@ -218,12 +220,40 @@ def fused_mlp(
     if compute_dtype == torch.int8:
         return fused_mlp_reference(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
     y = new_output(inputs, layers, members, reduce)
-    xs = tuple(dense_rows(x) for x in inputs)
-    m = xs[0].shape[0]
-    if m == 0:
+    xs = tuple([dense_rows(x) for x in inputs])
+    if xs[0].shape[0] == 0:
         return y
-    strides = tuple(x.stride(0) for x in xs)
     compute = compute_type(inputs, weights, compute_dtype)
+    p = _prepare(y, xs, weights, params, layers, members, reduce, compute, input_scales)
+    launch(
+        _fused_mlp_kernel, p.grid, p.key, (y, xs, p.strides, input_scales, weights, params, *p.rest),
+        num_warps=p.warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+class Prepared(NamedTuple):
+    """A launch without its tensors; ``rest`` are the arguments behind them."""
+
+    grid: tuple[int, int, int]
+    key: tuple[Any, ...]
+    strides: tuple[int, ...]
+    rest: tuple[Any, ...]
+    warps: int
+
+
+def _prepare(
+    y: Tensor,
+    xs: tuple[Tensor, ...],
+    weights: Tensor,
+    params: Tensor,
+    layers: str,
+    members: int | None,
+    reduce: str,
+    compute: torch.dtype,
+    input_scales: Tensor | None,
+) -> Prepared:
+    m, strides = xs[0].shape[0], tuple([x.stride(0) for x in xs])
     loop = (members or 0) if reduce == "mean_std" else 0
     net, t = _plan(layers, weights.dtype == torch.int8, row_class(m), loop > 0, compute, y.get_device())
     programs = triton.cdiv(m, t.block_m)
@@ -233,12 +263,66 @@ def fused_mlp(
     # fp32 through the tensor cores to 2^-22, where there are any
     exact = "ieee" if y.device.type == "cpu" else "bf16x6"
     key = (
-        tuple(x.dtype for x in xs), y.dtype, weights.dtype, compute, input_scales is None,
+        tuple([x.dtype for x in xs]), y.dtype, weights.dtype, compute, input_scales is None,
         aligned(y, *xs, weights, params, input_scales), strides, layers, loop, t,
     )  # fmt: skip
     constants = (net, loop, TL_DTYPE[compute], t.resident, t.block_m, t.slice, t.out, exact)
-    launch(
-        _fused_mlp_kernel, grid, key, (y, xs, strides, input_scales, weights, params, m, *constants),
-        num_warps=t.warps, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    return y
+    return Prepared(grid, key, strides, (m, *constants), t.warps)
+
+
+class Network:
+    """Packed networks, read where they lie."""
+
+    live: tuple[Tensor, ...] = ()
+
+    def __init__(
+        self,
+        weights: Tensor,
+        params: Tensor,
+        layers: str,
+        members: int | None,
+        reduce: str,
+        compute: torch.dtype | None,
+    ) -> None:
+        self.arguments = weights, params, layers, members, reduce
+        self.compute = compute
+
+    def bound(self, inputs: list[Tensor], flat: bool = False) -> Callable[..., Tensor | None] | None:
+        """The launch as a function of inputs of these shapes and types, or None; it gives None for others.
+
+        ``flat``: the one output of a row has no dimension of its own. Launches once, to have it compiled.
+        """
+        if self.compute == torch.int8 or inputs[0].numel() == 0 or not all(x.is_contiguous() for x in inputs):
+            return None
+        y = fused_mlp(inputs, *self.arguments, self.compute)
+        if y.dtype != inputs[0].dtype or (flat and (y.shape[-1] > 1 or y.dim() == 1)):
+            return None
+        xs = tuple([dense_rows(x) for x in inputs])
+        p = _prepare(y, xs, *self.arguments, compute_type(inputs, self.arguments[0], self.compute), None)
+        go = settled(_fused_mlp_kernel, p.grid, p.key, y.device)
+        # one test of the inputs' addresses stands for all
+        if go is None or aligned(y, *xs, *self.arguments[:2]) is not True:
+            return None
+        names = [f"x{i}" for i in range(len(inputs))]
+        other = [f"{x}.shape != {x}_shape" for x in names[1:]]
+        other += [f"{x}.dtype is not {x}_dtype or {x}.get_device() != device or not {x}.is_contiguous()" for x in names]
+        other.append(f"({' | '.join(f'{x}.data_ptr()' for x in names)}) & 15")
+        shape = y.shape[:-1] if flat else y.shape
+        # ``new`` of separate sizes is the fastest there is, but for the shape ()
+        fresh = f"x0.new({', '.join(f'y{i}' for i in range(len(shape)))})" if shape else "x0.new_empty(())"
+        source = f"""
+def f({", ".join(names)}):
+    if {" or ".join(other)}:
+        return None
+    y = {fresh}
+    return y if go(y, ({", ".join(names)},), strides, None, weights, params, *rest) else None
+"""
+        place: dict[str, Any] = {"go": go, "device": y.get_device(), "strides": p.strides, "rest": p.rest}
+        place |= {"weights": self.arguments[0], "params": self.arguments[1]}
+        place |= {f"y{i}": size for i, size in enumerate(shape)}
+        for name, x in zip(names, inputs, strict=True):
+            place |= {f"{name}_shape": x.shape, f"{name}_dtype": x.dtype}
+        return function(source, place)
+
+
+fused_mlp.packed_network = Network  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ per layer and batch class, and later calls go straight to the compiled kernel. T
 the kernel, the device, every dtype, pointer alignment, the integers Triton looks at, and the constants.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -52,6 +52,26 @@ def launch(kernel: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], a
     else:
         with torch.cuda.device(device):
             _run(compiled, grid, device.index, args)
+
+
+def settled(
+    kernel: Any, grid: tuple[int, int, int], key: tuple[Hashable, ...], device: torch.device
+) -> Callable[..., bool] | None:
+    """The launch of what ``launch`` has compiled, as a function of the arguments: it gives False, and does nothing,
+    where another device is current or a profiler listens."""
+    compiled = _compiled.get((kernel, device.index, *key))
+    if compiled is None:
+        return None
+    run, function, metadata, index = compiled.run, compiled.function, compiled.packed_metadata, device.index
+    runtime, (across, down, deep) = knobs.runtime, grid
+
+    def go(*args: Any) -> bool:
+        if runtime.launch_enter_hook.calls or index != torch.cuda.current_device():
+            return False
+        run(across, down, deep, current_stream(index), function, metadata, None, None, None, *args)
+        return True
+
+    return go
 
 
 def current_stream(device: int) -> int:
