@@ -8,7 +8,7 @@ goes the usual way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +18,35 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from .chain import Chain, joined
 
 
-def find(module: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> Callable[..., Any] | None:
-    """``__call__`` for a module whose forward is this graph, or None where there is more to it."""
+class Form(NamedTuple):
+    """What such a module does: ``chain`` on its inputs, by itself or through its child ``name`` of type ``kind``."""
+
+    chain: Chain
+    name: str
+    kind: type[Any]
+    arity: int
+    flat: bool
+    """Whether a row's one output has no dimension of its own."""
+    ranks: frozenset[int]
+    """The dimensions that inputs may have; any where empty."""
+
+    def takes(self, other: Form) -> bool:
+        """Whether this one is called as the other is."""
+        return (self.arity, self.flat, self.ranks) == (other.arity, other.flat, other.ranks)
+
+    def is_undisturbed(self, module: nn.Module) -> bool:
+        """Whether nobody has hooked anything to the module since."""
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+        if not self.name:
+            return True
+        child: Any = module._modules[self.name]
+        # another class: what the child does has changed
+        return type(child) is self.kind and not child._forward_hooks and not child._forward_pre_hooks
+
+
+def find(module: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> Form | None:
+    """The form of a module whose forward is this graph, or None where there is more to it."""
     nodes = [node for node in graph.nodes if node.op != "get_attr"]
     inputs = [node for node in nodes if node.op == "placeholder"]
     steps, output = nodes[len(inputs) : -1], nodes[-1]
@@ -40,8 +67,8 @@ def find(module: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> Callab
     places = {place for place in (dim, *(node.args[1] for node in rest)) if place != -1}
     if len(places) > 1 or any(place < 0 for place in places):
         return None
-    ranks = {place + 1 for place in places}
-    return _caller(chain, len(inputs), bool(rest), ranks, name, type(child))
+    ranks = frozenset(place + 1 for place in places)
+    return Form(chain, name, type(child), len(inputs), bool(rest), ranks)
 
 
 def _squeezes(node: fx.Node, source: fx.Node) -> bool:
@@ -51,14 +78,16 @@ def _squeezes(node: fx.Node, source: fx.Node) -> bool:
     return is_squeeze and plain
 
 
-def _caller(chain: Chain, count: int, flat: bool, ranks: set[int], name: str, kind: type[Any]) -> Callable[..., Any]:
+def caller(form: Form) -> Callable[..., Any]:
+    """``__call__`` of a module of this form."""
+    chain, name, kind, arity, flat, ranks = form
     route = chain.shortcut.flat if flat else chain.shortcut.straight
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             is_dynamo_compiling()
             or kwargs
-            or len(args) != count
+            or len(args) != arity
             or type(args[0]) is not Tensor
             or (ranks and args[0].dim() not in ranks)
             or self._forward_hooks

@@ -14,7 +14,8 @@ from rewardzip_kernels import fused_mlp
 from rewardzip_kernels.mlp_layout import pack
 
 from .chain import Chain, compute_for, fits
-from .fuse import FusedForward, is_plain
+from .direct import Form
+from .fuse import FusedForward
 from .guided import wanted
 from .int8 import Int8
 from .nn import BlockSparseLinear, Int8Linear
@@ -56,6 +57,7 @@ class FusedEnsemble(nn.Module):
         for e, (owner, name, chain) in enumerate(chains):
             slot = _Slot(launch, e, chain)
             setattr(type(owner), name, slot)
+            launch.places.append((owner, type(owner)))
             if owner.whole is chain:
                 type(owner).whole = slot
         for module in self.members.modules():
@@ -70,8 +72,9 @@ class FusedEnsemble(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "launch"}
 
     def forward(self, *inputs: Tensor) -> Any:
-        if self.launch.is_all_of(self.members):
-            outputs = self.launch.run(inputs)
+        form = self.launch.form(self.members, inputs)
+        if form is not None:
+            outputs = self.launch.run(inputs, form.flat)
         else:
             self.launch.start()
             try:
@@ -94,16 +97,25 @@ class _Launch:
 
     def __init__(self, chains: list[Chain]) -> None:
         self.chains = chains
+        self.places: list[tuple[nn.Module, type[nn.Module]]] = []
         self.packed: dict[Any, Any] = {}
         self.call = threading.local()
         parts = [part for chain in chains for part in (*chain.linears, *filter(None, chain.norms))]
         self.shortcut = Shortcut(parts, lambda: [chain.numbers() for chain in chains], len(chains), "none")
 
-    def is_all_of(self, members: nn.ModuleList) -> bool:
-        """Whether the members do nothing but run their MLP on what they are given."""
+    def form(self, members: nn.ModuleList, inputs: tuple[Tensor, ...]) -> Form | None:
+        """How the members do nothing but run their MLP on these inputs, or None where one does more."""
         if torch.is_grad_enabled() and self.shortcut.is_training():
-            return False
-        return all(getattr(type(member), "whole", None) is not None and is_plain(member) for member in members)
+            return None
+        form: Form | None = getattr(type(members[0]), "form", None)
+        if form is None or len(inputs) != form.arity or (form.ranks and inputs[0].dim() not in form.ranks):
+            return None
+        for member in members:
+            other = getattr(type(member), "form", None)
+            if other is None or not form.takes(other) or not other.is_undisturbed(member):
+                return None
+        # a layer that was replaced is in a chain of its own
+        return form if all(type(owner) is kind for owner, kind in self.places) else None
 
     def start(self) -> None:
         self.call.running, self.call.outputs = True, None
@@ -117,14 +129,19 @@ class _Launch:
 
     def share(self, e: int, inputs: tuple[Tensor, ...]) -> Tensor:
         if e == 0:
-            self.call.outputs = self.run(inputs)
+            self.call.outputs = self.run(inputs, False)
         share: Tensor = self.call.outputs[e]
         return share
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        y = None if is_compiling() else self.shortcut.straight.quick(*inputs)
+    def run(self, inputs: tuple[Tensor, ...], flat: bool) -> Tensor:
+        """[E, ..., outputs]; ``flat``: without the last dimension, which is one number."""
+        y = None if is_compiling() else (self.shortcut.flat if flat else self.shortcut.straight).quick(*inputs)
         if y is not None:
             return y
+        y = self.launched(inputs)
+        return y.squeeze(-1) if flat else y
+
+    def launched(self, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.chains[0].guidable and wanted(inputs):
             return torch.stack([chain.guided(inputs) for chain in self.chains])
         widths = tuple(x.shape[-1] for x in inputs)

@@ -55,13 +55,15 @@ FUNCTIONS: dict[Any, tuple[str, str | None]] = {
 class FusedForward:
     """Mixed into the class of a module whose forward was rewritten.
 
-    ``fused`` maps its linear layers to activations, ``chains`` are its runs of layers in one launch, and ``whole`` is
-    the chain that is all it does, if there is one. ``dense``: layers that are not compressed are chained too.
+    ``fused`` maps its linear layers to activations, ``chains`` are its runs of layers in one launch, ``whole`` is the
+    chain that is all it does, if there is one, and ``form`` how it does little more. ``dense``: layers that are not
+    compressed are chained too.
     """
 
     fused: dict[str, str]
     chains: list[Chain]
     whole: Chain | None
+    form: direct.Form | None
     dense: bool
 
     def __init_subclass__(cls) -> None:
@@ -359,9 +361,9 @@ def _install(
         "chains": list(chains.values()),
         "whole": chains["_chain_0"] if whole else None,
     }
-    call = None if defaults else direct.find(module, graph, chains)
-    if call is not None:
-        names["__call__"] = call
+    form = names["form"] = None if defaults else direct.find(module, graph, chains)
+    if form is not None:
+        names["__call__"] = direct.caller(form)
     module.__class__ = _subclass(kind, {**names, **chains})
 
 

@@ -44,5 +44,6 @@ class MLP(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.net(torch.cat([x.flatten(1) for x in inputs], 1))
+        rows = [x if x.dim() == 2 else x.flatten(1) for x in inputs]
+        out: Tensor = self.net(rows[0] if len(rows) == 1 else torch.cat(rows, 1))
         return out.squeeze(1) if self.outputs is None else out

@@ -164,3 +164,67 @@ def test_what_cannot_be_an_ensemble(members, words):
 def test_bad_reduce():
     with pytest.raises(ValueError, match="'none' or 'mean_std'"):
         rz.fuse_ensemble(nets(2), reduce="max")
+
+
+@pytest.mark.parametrize("make", [lambda: rz.RewardMLP(17, 6, (32, 32)), lambda: mlp(23, 20, 20, 1)])
+def test_a_member_s_replaced_layer_is_noticed(make):
+    fused = rz.fuse_ensemble(nets(3, make))
+    x = inputs() if isinstance(fused.members[0], rz.RewardMLP) else (torch.randn(9, 23),)
+    before = fused(*x)
+    layers = getattr(fused.members[1], "net", fused.members[1])
+    layers[0] = rz.nn.Int8Linear.from_linear(nn.Linear(23, layers[0].out_features))
+    after = fused(*x)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    torch.testing.assert_close(after[1], fused.members[1](*x))
+    assert not torch.allclose(after[1], before[1])
+
+
+class OnePlus(nn.Sequential):
+    def __call__(self, x):
+        return 1 + super().__call__(x)
+
+
+def test_a_member_s_own_call_is_called():
+    fused, x = rz.fuse_ensemble(nets(2, lambda: OnePlus(*mlp(23, 20, 1)))), torch.randn(9, 23)
+    torch.testing.assert_close(fused(x), torch.stack([m(x) for m in fused.members]))
+
+
+class Along(nn.Module):
+    """Concatenates and squeezes along the places given."""
+
+    def __init__(self, cat, squeeze):
+        super().__init__()
+        self.net, self.cat, self.squeeze = mlp(23, 20, 1), cat, squeeze
+
+    def forward(self, state, action):
+        return self.net(torch.cat([state, action], self.cat)).squeeze(self.squeeze)
+
+
+@pytest.mark.parametrize("rows", [(9,), (), (4, 9), (1, 1)])
+def test_members_that_squeeze_take_the_short_way_and_give_the_same(rows):
+    members, x = nets(3), (torch.randn(*rows, 17), torch.randn(*rows, 6))
+    apart = torch.stack([rz.swap(m, rz.Int8())(*x) for m in members])
+    fused = rz.fuse_ensemble(members)
+    for _ in range(3):
+        torch.testing.assert_close(fused(*x), apart)
+    assert fused.launch.shortcut.flat.calls[x[0].shape] is not None
+    seen = []
+    fused.members[1].net.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(fused(*x), apart)
+    assert seen
+
+
+@pytest.mark.parametrize("cat", [-1, 1, 2])
+@pytest.mark.parametrize("squeeze", [-1, 1, 2])
+@pytest.mark.parametrize("rows", [(9,), (4, 9), (1, 9), (9, 1)])
+def test_members_that_work_along_other_places(cat, squeeze, rows):
+    members, x = nets(3, lambda: Along(cat, squeeze)), (torch.randn(*rows, 17), torch.randn(*rows, 6))
+    fused = rz.fuse_ensemble(members)
+    try:
+        apart = torch.stack([rz.swap(m, rz.Int8())(*x) for m in members])
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error)):
+            fused(*x)
+        return
+    for _ in range(3):
+        torch.testing.assert_close(fused(*x), apart)
