@@ -58,9 +58,9 @@ def main() -> None:
     layer = Int8Linear.from_linear(dense)
     x = torch.randn(32, 64, device=device)
     reward = rz.RewardMLP(17, 7, (64, 64)).to(device).requires_grad_(False)
-    members = [rz.MLP((24,), (64, 64)).to(device).requires_grad_(False) for _ in range(5)]
+    members = [rz.RewardMLP(17, 7, (64, 64)).to(device).requires_grad_(False) for _ in range(5)]
     fast, ensemble = rz.swap(reward, rz.Int8()), rz.fuse_ensemble(members)
-    state, action, both = (torch.randn(32, width, device=device) for width in (17, 7, 24))
+    state, action = (torch.randn(32, width, device=device) for width in (17, 7))
     packed = type(fast.net).chains[0]
     numbers = (*packed.flat((17, 7)), packed.describe((17, 7)))
     arguments = (x, layer.int8_weight, layer.scale, layer.fp32_bias, "relu", None)
@@ -68,7 +68,7 @@ def main() -> None:
         "RewardMLP 17+7-64-64-1, dense": lambda: reward(state, action),
         "the same, swapped": lambda: fast(state, action),
         "its op, past the dispatcher": lambda: fused_mlp([state, action], *numbers),
-        "an ensemble of 5 such": lambda: ensemble(both),
+        "an ensemble of 5 such": lambda: ensemble(state, action),
         "nn.Linear, for scale": lambda: dense(x),
         "Int8Linear module": lambda: layer(x, "relu"),
         "int8_linear, past the dispatcher": lambda: int8_linear(*arguments),
