@@ -36,6 +36,12 @@ WEIGHTS_OF_ONE_CALL = 1 << 20
 # rows are: docs/benchmarks.md
 FEW = {"float": 1 << 21, "dynamic": 1 << 23}
 
+HALVES = (torch.float16, torch.bfloat16)
+
+# of a dense bfloat16 model with more weights than these, torch is faster on CPUs that multiply bfloat16 from so many
+# multiply-adds on
+SMALL_BFLOAT16, MUCH_BFLOAT16 = 1 << 14, 1 << 23
+
 
 @dataclass(frozen=True)
 class Step:
@@ -91,7 +97,7 @@ class Chain:
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
         # on a GPU, rounding rows between layers in one launch would be slower than what it saves
-        if self.is_training() or (self.rounds_rows and inputs[0].is_cuda):
+        if self.is_training() or (self.rounds_rows and on_gpu(inputs[0])):
             return self.one_by_one(*inputs)
         y = self.settled(inputs)
         widths = tuple([int(x.shape[-1]) for x in inputs])
@@ -110,9 +116,13 @@ class Chain:
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
 
     def settled(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Of a plain call, which is the same from the first one on."""
+        """Of a plain call, which is the same from the first one on. On a CPU 16-bit rows are made fp32."""
         if is_compiling():
             return None
+        x = inputs[0]
+        if x.is_cpu and x.dtype in HALVES and self.compute_dtype in (None, torch.int8):
+            y = self.settled(tuple([i.float() for i in inputs])) if all(i.dtype == x.dtype for i in inputs) else None
+            return None if y is None else y.to(x.dtype)
         widths = tuple([int(x.shape[-1]) for x in inputs])
         compute = compute_for(inputs[0], self.compute_dtype)
         self.shortcut.settle(inputs, self.describe(widths), compute, lambda: self.flat(widths))
@@ -171,9 +181,14 @@ class Chain:
         return ", ".join(f"{step.layer} {step.activation}" for step in self.steps)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Apart, so that a test without a GPU can go the way of one."""
+    return x.is_cuda
+
+
 def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
     """What products are made of: the user's wish, else on a GPU float16 for fp32 rows, on a CPU the rows' own type."""
-    return torch.float32 if wish is None and x.dtype == torch.float32 and not x.is_cuda else wish
+    return torch.float32 if wish is None and x.dtype == torch.float32 and not on_gpu(x) else wish
 
 
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
@@ -184,6 +199,8 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
         weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
     elif isinstance(linear, Int8Linear):
         weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
+    elif hidden and on_gpu(linear.weight):  # 16 bits are read as they are
+        weight, scale, bias = linear.weight, None, linear.bias
     else:
         weight, scale, bias = linear.weight.float(), None, linear.bias
     bias = torch.zeros(n, device=weight.device) if bias is None else bias
@@ -209,8 +226,11 @@ def follow(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8
 
 def fits(linears: list[Any], kinds: tuple[type[CompressedLinear], ...] = (Int8Linear,)) -> bool:
     """Whether they can be one launch of ``fused_mlp``."""
-    narrow = all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
-    return narrow and follow(linears, kinds)
+    return is_narrow(linears) and follow(linears, kinds)
+
+
+def is_narrow(linears: list[Any]) -> bool:
+    return all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
 
 
 def fits_for_few(linears: list[Any]) -> bool:
@@ -259,7 +279,7 @@ class Wide(Chain):
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
-        if inputs[0].is_cuda and self.tail is not None:
+        if on_gpu(inputs[0]) and self.tail is not None:
             return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
         if inputs[0].is_cpu and self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
             y = self.settled(inputs)
@@ -296,6 +316,10 @@ class Dense(Wide):
 
     seen: int | None = None
 
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.narrow = is_narrow(self.linears)
+
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         if self.is_training():
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
@@ -306,8 +330,13 @@ class Dense(Wide):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         # numbers that change from call to call, as in training, are not worth packing
         before, self.seen = self.seen, sum([0 if p.is_inference() else p._version for p in self.dense()])
-        if before not in (None, self.seen) or any(p.dtype != torch.float32 for p in self.dense()):
+        x = inputs[0]
+        much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16
+        much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16
+        if much or before not in (None, self.seen) or any(p.dtype != x.dtype for p in self.dense()):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
+        if on_gpu(x) and self.narrow and x.dtype in HALVES:
+            return Chain.run(self, inputs, dim)
         return super().run(inputs, dim)
 
 
@@ -317,7 +346,7 @@ class Head(Wide):
     op, where = "reward_head", "one launch on a GPU"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
-        if not inputs[0].is_cuda or self.is_training() or self.linears[1].weight.dtype != torch.float32:
+        if not on_gpu(inputs[0]) or self.is_training() or self.linears[1].weight.dtype != torch.float32:
             return super().run(inputs, dim)
         return self.fused(inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim))
 

@@ -6,9 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import GPU, need_triton
 from torch import nn
 
 import rewardzip as rz
+from rewardzip_kernels import loading
 
 
 def mlp(*sizes, norm=False, activation=nn.ELU):
@@ -138,3 +140,72 @@ def test_what_cannot_be_fused_is_said():
         rz.swap(mlp(2048, 2048, 1), rz.Fused())
     shared = mlp(6, 16, 1)
     assert rz.swap(shared, rz.Fused(), inplace=True) is shared
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [rz.Fused(), rz.Int8(), rz.Int8("dynamic")])
+@pytest.mark.parametrize("rows", [(), (1,), (50,), (2, 3)])
+def test_16_bit_rows_are_read_as_they_are(dtype, config, rows):
+    """As the same model's in fp32 on the same numbers, rounded once at the end."""
+    model = rz.RewardMLP(17, 6, (32, 32)).to(dtype)
+    x = [torch.randn(*rows, width).to(dtype) for width in (17, 6)]
+    wide = rz.swap(copy.deepcopy(model).float(), config)
+    fast = rz.swap(model, config)
+    with torch.no_grad():
+        for _ in range(3):
+            y = fast(*x)
+        assert y.dtype == dtype
+        assert torch.equal(y, wide(*[i.float() for i in x]).to(dtype))
+        chain = type(fast.net).chains[0]
+        if rows:
+            assert chain.shortcut.flat.quick(*x) is not None, "what is tested is the one call"
+        # of another type, or of two: whatever the model says to that
+        try:
+            mixed = model(x[0], x[1].float())
+        except RuntimeError:
+            return
+        assert fast(x[0], x[1].float()).dtype == mixed.dtype
+
+
+def test_16_bit_models_learn_as_before():
+    model = mlp(6, 16, 1).bfloat16()
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(8, 6).bfloat16()
+    with torch.no_grad():
+        fast(x)
+    for net in (model, fast):
+        net(x).square().mean().backward()
+    for a, b in zip(model.parameters(), fast.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_much_bfloat16_is_left_to_torch(monkeypatch):
+    model = mlp(6, 256, 256, 1).bfloat16().requires_grad_(False)
+    fast = rz.swap(model, rz.Fused())
+    (chain,) = type(fast).chains
+    rows, seen, linear = (1 << 23) // chain.weights, [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append(self) or linear(self, x))
+    for count, alone in ((rows - 1, False), (rows + 1, True)):
+        x = torch.randn(count, 6).bfloat16()
+        seen.clear()
+        fast(x)
+        assert bool(seen) == alone
+
+
+# Triton's interpreter cannot multiply bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if GPU else [torch.float16])
+def test_on_a_gpu_a_16_bit_model_is_one_launch(dtype, device, monkeypatch):
+    """Without a GPU: its kernel in the interpreter."""
+    need_triton()
+    from rewardzip_kernels.gpu.fused_mlp import fused_mlp
+
+    calls = []
+    monkeypatch.setattr("rewardzip.chain.on_gpu", lambda x: True)
+    place = "gpu" if GPU else "cpu", "fused_mlp"
+    monkeypatch.setitem(loading._found, place, lambda *given: calls.append(given) or fused_mlp(*given))
+    model = mlp(6, 40, 16, 3, norm=True).to(device, dtype).requires_grad_(False)
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(9, 6, device=device, dtype=dtype)
+    y, exact = fast(x), copy.deepcopy(model).double()(x.double())
+    assert len(calls) == 1
+    assert calls[0][1].dtype == dtype
+    assert y.dtype == dtype
+    assert float((y - exact).norm()) <= 8 * torch.finfo(dtype).eps * float(exact.norm())

@@ -35,6 +35,7 @@ KINDS: dict[torch.dtype, tuple[Any, Any]] = {
 }
 SHAPES_KEPT = 256
 FLOAT = torch.float32
+HALVES = (torch.float16, torch.bfloat16)
 
 _plans: dict[tuple[Any, ...], "Plan"] = {}
 
@@ -156,7 +157,7 @@ class Network:
         return Gradient(self) if Gradient.takes(self) else None
 
     def bound(self, inputs: list[Tensor], flat: bool = False) -> Callable[..., Tensor | None] | None:
-        """The network as a function of inputs of these shapes, or None; for others, and all but dense fp32 on a CPU,
+        """The network as a function of inputs of these shapes, or None; for others, and all but dense floats on a CPU,
         the function gives None. ``flat``: the one output of a row has no dimension of its own.
         """
         shapes = [x.shape for x in inputs]
@@ -176,18 +177,28 @@ class Network:
         source = f"""
 def f({", ".join(names)}):
     if {" or ".join(other)}:
-        return None
+        return of_halves(f, {", ".join(names)})
     y = x0.new({", ".join(f"y{i}" for i in range(len(shape)))})
     {run if few else f"network.rows(address({places}), m, y.data_ptr())"}
     return y
 """
         # the network owns what the table points to
         known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
+        known["of_halves"] = _of_halves
         place: dict[str, Any] = {**known, "table": self.table_at, "size": self.scratch, "m": m}
         place |= {f"y{i}": size for i, size in enumerate(shape)}
         for x, s, width in zip(names, shapes, self.pieces, strict=True):
             place |= {f"{x}_shape": s, f"{x}_width": width}
         return function(source, place)
+
+
+def _of_halves(call: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
+    """The call with 16-bit inputs as what they are in fp32; None for others."""
+    kind = inputs[0].dtype
+    if kind not in HALVES or any(x.dtype is not kind or not x.is_cpu for x in inputs):
+        return None
+    y = call(*[x.float() for x in inputs])
+    return None if y is None else y.to(kind)
 
 
 class Gradient:
