@@ -2,8 +2,10 @@
 
     python benchmarks/models.py [--quick] [--rows 1 1024 ...] [--out FOLDER] [--no-compile] [--threads N]
 
-Prints microseconds (median of rivals in turn) and the ratio to eager fp32; writes one JSON object a cell. On a GPU the
-L2 cache is cold, a CUDA graph of every rival is listed beside it, and the rows also have each call's parts (``apart``).
+Prints microseconds (median of rivals in turn), the ratio to eager fp32, and what that is in GB/s and TFLOP/s of the
+least there is to do; writes one JSON object a cell. On a GPU the L2 cache is cold, a CUDA graph of every rival is
+listed beside it, and the rows also have each call's parts (``apart``). tiny-cuda-nn is no column: its networks have no
+biases, so it cannot compute these.
 """
 
 import argparse
@@ -13,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from linear import machine
+from static_evidence import roofline
 from torch import Tensor, nn
 
 import rewardzip as rz
@@ -105,6 +109,19 @@ def providers(model: nn.Module, inputs: tuple[Tensor, ...], compile: bool) -> di
     return made
 
 
+def work(name: str, model: nn.Module, inputs: tuple[Tensor, ...], seconds: float, device: str) -> dict[str, Any]:
+    """The least a provider could do: read the rows and its weights once, write the rewards, multiply. With the
+    roofline's share of its time, where the device's is known."""
+    rows, name = inputs[0].shape[0], name.removesuffix(", graph")
+    weights = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)]
+    byte = 1 if "int8" in name else 2 if name in ("bf16", "fp16") else 4
+    moved = sum(x.numel() * x.element_size() for x in inputs) + 4 * rows + byte * sum(weights)
+    operations = 2 * rows * sum(weights)
+    kind = "int8" if "int8 x int8" in name else "16 bit" if "int8" in name or "16" in name else "tf32"
+    floor = roofline(device, moved, operations, kind)
+    return {"bytes": moved, "operations": operations, "roofline": None if floor is None else floor / seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="one small model, a moment each")
@@ -141,9 +158,12 @@ def main() -> None:
                 taken = interleaved(calls, device, 0.2 if options.quick else 2.0)
                 parts = {name: apart(call, device) for name, call in calls.items()} if device == "cuda" else {}
             for provider, t in taken.items():
-                print(f"  {provider:28} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:6.2f}x")
+                least = work(provider, model, inputs, t.p50, told["device"])
+                speed = f"{least['bytes'] / t.p50 / 1e9:8.1f} GB/s {least['operations'] / t.p50 / 1e12:8.3f} TFLOP/s"
+                share = "" if least["roofline"] is None else f"  {least['roofline']:4.0%} of the roofline"
+                print(f"  {provider:28} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:6.2f}x  {speed}{share}")
                 cell = {"op": "model", "model": name, "rows": rows, "provider": provider}
-                written.append(cell | asdict(t) | parts.get(provider, {}) | told)
+                written.append(cell | asdict(t) | parts.get(provider, {}) | least | told)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"models-{options.threads}-threads.json").write_text(

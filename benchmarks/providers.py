@@ -3,6 +3,7 @@
 A provider takes (dense layer, rows) and returns a call, or None where it cannot run here; a reason goes to ``skipped``.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,23 @@ def torchao_int8(layer: nn.Linear, x: Tensor) -> Call | None:
     return lambda: model(rows)
 
 
+def gemlite_int8(layer: nn.Linear, x: Tensor) -> Call:
+    from gemlite import helper
+
+    make = getattr(helper, "A16W8_INT8", None) or helper.A16W8  # by its version
+    packed, rows = make(device=str(x.device)).from_linear(copy.deepcopy(layer).half()), x.half()
+    return lambda: torch.relu(packed(rows))
+
+
+def bitsandbytes_int8(layer: nn.Linear, x: Tensor) -> Call:
+    from bitsandbytes.nn import Linear8bitLt
+
+    packed = Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+    packed.load_state_dict(copy.deepcopy(layer).half().state_dict())
+    packed, rows = packed.to(x.device), x.half()
+    return lambda: torch.relu(packed(rows))
+
+
 def providers(layer: nn.Linear, x: Tensor, compile: bool = True) -> dict[str, Call]:
     """Every provider that can run here, by name; ours begin with ``rewardzip``."""
     gpu = x.is_cuda
@@ -83,6 +101,8 @@ def providers(layer: nn.Linear, x: Tensor, compile: bool = True) -> dict[str, Ca
         "compile": lambda: compiled(layer, x, "default") if compile else None,
         "compile, max-autotune": lambda: compiled(layer, x, "max-autotune") if compile and gpu else None,
         "torchao int8": lambda: torchao_int8(layer, x) if compile else None,
+        "gemlite int8": lambda: gemlite_int8(layer, x) if gpu else None,
+        "bitsandbytes int8": lambda: bitsandbytes_int8(layer, x) if gpu else None,
         "rewardzip int8": lambda: int8(layer, x, "float"),
         "rewardzip int8, bf16 rows": lambda: int8(layer, x, "float", torch.bfloat16) if gpu else None,
         "rewardzip int8 x int8": lambda: int8(layer, x, "dynamic"),

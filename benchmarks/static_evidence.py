@@ -64,6 +64,9 @@ CHIPS = {
     ),
 }  # fmt: skip
 
+# what else of a target may be measured: bytes a second
+SLOWER_MEMORY = {"H100": ("sm_90", 3.35e12)}
+
 # an audit case: by kernel, how often each loop's body is asked for in one program
 CASES: dict[str, dict[str, tuple[float, ...]]] = {
     "int8_linear 1x4096x4096 bfloat16": {"_int8_gemv_kernel": (8,)},
@@ -150,9 +153,11 @@ def rate(case: str) -> str:
 
 def roofline(device: str, moved: float, operations: float, kind: str) -> float | None:
     """The seconds that published peaks allow for bytes and operations; None for a device that is not in CHIPS."""
-    for chip in CHIPS.values():
-        if chip.name.split()[0] in device.replace("-", " ").split():
-            return max(moved / chip.bandwidth, operations / chip.operations[kind])
+    known = {chip.name.split()[0]: (chip, chip.bandwidth) for chip in CHIPS.values()}
+    known |= {name: (CHIPS[target], bandwidth) for name, (target, bandwidth) in SLOWER_MEMORY.items()}
+    for name, (chip, bandwidth) in known.items():
+        if name in device.replace("-", " ").split():
+            return max(moved / bandwidth, operations / chip.operations[kind])
     return None
 
 

@@ -90,4 +90,28 @@ def test_a_providers_bytes_and_share_of_the_roofline(table):
         share = work(name, 1 << 16, 4096, 4096, 1e-2, "NVIDIA H200")[2]
         assert share == pytest.approx(2 * (1 << 16) * 4096 * 4096 / rate / 1e-2)
     assert work("bf16", m, n, k, 1.0, "NVIDIA A100-SXM4-80GB")[2] is not None
-    assert work("bf16", m, n, k, 1.0, "NVIDIA H100 80GB HBM3")[2] is None
+    assert work("bf16", 1, n, k, 1e-6, "NVIDIA H100 80GB HBM3")[2] == pytest.approx(
+        2 * (n + k + n * k) / 3.35e12 / 1e-6
+    )
+    assert work("bf16", m, n, k, 1.0, "NVIDIA GeForce RTX 4090")[2] is None
+
+
+def test_the_least_a_model_could_do(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    models = runpy.run_path(str(BENCHMARKS / "models.py"))
+    net = models["Reward"]((5, 3), (16,), torch.nn.ReLU)
+    weights = 8 * 16 + 16
+    rows = 4 * 100 * (5 + 3 + 1)
+    inputs = torch.zeros(100, 5), torch.zeros(100, 3)
+    for name, byte in {
+        "fp32": 4,
+        "AMP bf16": 4,
+        "bf16": 2,
+        "rewardzip int8": 1,
+        "rewardzip int8 x int8, graph": 1,
+    }.items():
+        least = models["work"](name, net, inputs, 1e-6, "NVIDIA H200")
+        assert least["bytes"] == rows + byte * weights
+        assert least["operations"] == 2 * 100 * weights
+        assert least["roofline"] == pytest.approx(least["bytes"] / 4.8e12 / 1e-6)
+    assert models["work"]("fp32", net, inputs, 1e-6, "some CPU")["roofline"] is None
