@@ -22,6 +22,7 @@ from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Line
 from rewardzip_kernels.registration import nobody_listens, transforms
 from rewardzip_kernels.reward_head import MAX_OUT
 
+from . import running
 from .guided import Guided, wanted
 from .nn import BlockSparseLinear, CompressedLinear, Int8Linear, SparseLinear
 from .shortcut import Shortcut
@@ -97,7 +98,7 @@ class Chain:
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
         # on a GPU, rounding rows between layers in one launch would be slower than what it saves
-        if self.is_training() or (self.rounds_rows and on_gpu(inputs[0])):
+        if self.is_training() or (self.rounds_rows and running.on_gpu(inputs[0])):
             return self.one_by_one(*inputs)
         y = self.settled(inputs)
         widths = tuple([int(x.shape[-1]) for x in inputs])
@@ -181,14 +182,9 @@ class Chain:
         return ", ".join(f"{step.layer} {step.activation}" for step in self.steps)
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Apart, so that a test without a GPU can go the way of one."""
-    return x.is_cuda
-
-
 def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
     """What products are made of: the user's wish, else on a GPU float16 for fp32 rows, on a CPU the rows' own type."""
-    return torch.float32 if wish is None and x.dtype == torch.float32 and not on_gpu(x) else wish
+    return torch.float32 if wish is None and x.dtype == torch.float32 and not running.on_gpu(x) else wish
 
 
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
@@ -199,7 +195,7 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
         weight, scale, bias = linear.int8_weight, linear.scale, linear.fp32_bias
     elif isinstance(linear, Int8Linear):
         weight, scale, bias = linear.int8_weight.float() * linear.scale[:, None], None, linear.fp32_bias
-    elif hidden and on_gpu(linear.weight):  # 16 bits are read as they are
+    elif hidden and running.on_gpu(linear.weight):  # 16 bits are read as they are
         weight, scale, bias = linear.weight, None, linear.bias
     else:
         weight, scale, bias = linear.weight.float(), None, linear.bias
@@ -279,7 +275,7 @@ class Wide(Chain):
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
-        if on_gpu(inputs[0]) and self.tail is not None:
+        if running.on_gpu(inputs[0]) and self.tail is not None:
             return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
         if inputs[0].is_cpu and self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
             y = self.settled(inputs)
@@ -335,7 +331,7 @@ class Dense(Wide):
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16
         if much or before not in (None, self.seen) or any(p.dtype != x.dtype for p in self.dense()):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
-        if on_gpu(x) and self.narrow and x.dtype in HALVES:
+        if running.on_gpu(x) and self.narrow and x.dtype in HALVES:
             return Chain.run(self, inputs, dim)
         return super().run(inputs, dim)
 
@@ -346,7 +342,7 @@ class Head(Wide):
     op, where = "reward_head", "one launch on a GPU"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
-        if not on_gpu(inputs[0]) or self.is_training() or self.linears[1].weight.dtype != torch.float32:
+        if not running.on_gpu(inputs[0]) or self.is_training() or self.linears[1].weight.dtype != torch.float32:
             return super().run(inputs, dim)
         return self.fused(inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim))
 

@@ -1,10 +1,10 @@
-"""Gradients for the inputs of a chain on a CPU: planning and guidance follow them.
+"""Gradients for the inputs of a chain: planning and guidance follow them.
 
 Where the chain has one output, its gradient is computed with it, in one call, and kept for the backward pass. Where
 the kernel does not take the network, and where the gradient's own gradient is asked for, the chain runs in torch on
 fp32 copies of its weights, made when they are needed and again when a number has changed. The ops' own gradients, which
 unpack the weights and run the launch again at every call, cost several times what a dense model's do. Where the launch
-rounds its rows, the value is the launch's and the rounding counts as the identity.
+rounds what it multiplies, the value is the launch's and the rounding counts as the identity.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rewardzip_kernels.fused_mlp import network
+from rewardzip_kernels.fused_mlp import network, packed_network
 from rewardzip_kernels.registration import modes, tracing, transforms
 
+from . import running
 from .nn import CompressedLinear
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def wanted(inputs: tuple[Tensor, ...]) -> bool:
     return (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
-        and all(x.is_cpu and x.dtype == torch.float32 for x in inputs)
+        and all((x.is_cpu or x.is_cuda) and x.dtype == torch.float32 for x in inputs)
         and not is_compiling()
     )
 
@@ -61,10 +62,18 @@ class Guided:
             self.kernels, self.is_other = {}, self.chain.shortcut.look().is_other()
         widths = tuple([x.shape[-1] for x in inputs])
         if widths not in self.kernels:
-            compute = torch.int8 if self.chain.rounds_rows else torch.float32
-            found = network([self.chain.numbers()], self.chain.describe(widths), None, "none", compute)
+            found = self.network(widths, running.on_gpu(inputs[0]))
             self.kernels[widths] = found and found.gradient()
         return self.kernels[widths]
+
+    def network(self, widths: tuple[int, ...], gpu: bool) -> Any:
+        chain, layers = self.chain, self.chain.describe(widths)
+        if not gpu:
+            compute = torch.int8 if chain.rounds_rows else torch.float32
+            return network([chain.numbers()], layers, None, "none", compute)
+        if chain.op != "fused_mlp":
+            return None
+        return packed_network(*chain.flat(widths), layers, None, "none", chain.compute_dtype)
 
     def dense(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """On fp32 copies, by torch's own means."""
@@ -83,7 +92,7 @@ class Guided:
         ):
             h = linear(h) if weight is None else F.linear(h, weight, linear.fp32_bias)
             h = activation.forward(h if norm is None else norm(h), parameter)
-        if not chain.rounds_rows:
+        if not chain.rounds_rows and not running.on_gpu(inputs[0]):
             return h
         with torch.no_grad():
             rounded = chain.route.quick(*inputs)

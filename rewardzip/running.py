@@ -29,6 +29,11 @@ def outputs(model: nn.Module, inputs: Sequence[Tensor], batch: int = 4096) -> Te
     return torch.cat(parts)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Apart, so that a test without a GPU can go the way of one."""
+    return x.is_cuda
+
+
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     modes = {module: module.training for model in models for module in model.modules()}

@@ -199,7 +199,7 @@ def test_on_a_gpu_a_16_bit_model_is_one_launch(dtype, device, monkeypatch):
     from rewardzip_kernels.gpu.fused_mlp import fused_mlp
 
     calls = []
-    monkeypatch.setattr("rewardzip.chain.on_gpu", lambda x: True)
+    monkeypatch.setattr("rewardzip.running.on_gpu", lambda x: True)
     place = "gpu" if GPU else "cpu", "fused_mlp"
     monkeypatch.setitem(loading._found, place, lambda *given: calls.append(given) or fused_mlp(*given))
     model = mlp(6, 40, 16, 3, norm=True).to(device, dtype).requires_grad_(False)

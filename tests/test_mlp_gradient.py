@@ -1,16 +1,18 @@
-"""The CPU kernel that gives one output and its gradient, against float64 from the same weights."""
+"""The kernels that give one output and its gradient, against float64 from the same weights."""
 
+import importlib
 from itertools import pairwise
 
 import pytest
 import torch
+from conftest import GPU, need_triton
 from torch import nn
 
 import rewardzip as rz
-from rewardzip_kernels import activations
+from rewardzip_kernels import activations, loading
 from rewardzip_kernels.cpu.mlp_gradient import SLOPES
 from rewardzip_kernels.fused_mlp import network
-from rewardzip_kernels.mlp_layout import Linear
+from rewardzip_kernels.mlp_layout import Linear, layout, pack
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -66,6 +68,10 @@ NAMES = [
 
 def test_every_slope_is_tested():
     assert {name.partition(":")[0] for names in NAMES for name in names} == set(SLOPES)
+    need_triton()
+    from rewardzip_kernels.gpu.activations import SLOPES as OF_TRITON
+
+    assert set(OF_TRITON) == set(SLOPES)
 
 
 # odd and even widths, beyond one panel of 64, beyond one launch's 256, one row wide; a block is 48 rows
@@ -94,6 +100,86 @@ def test_against_float64(stored, rows, pieces, hidden, names):
     alone, one = kernel([part[:1].contiguous() for part in x.split(pieces, 1)])
     assert torch.equal(alone, got[:1]), "a row is itself whatever stands beside it"
     assert torch.equal(one, slope[:1])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "hidden", "names"),
+    [(*shape, names) for names in NAMES for shape in (((24,), (64, 64)), ((17, 6), (33, 70)), ((1,), (1, 1)))]
+    + [((3, 2, 5), (200,), ("relu", "none")), ((120, 100), (256,), ("tanh", "none")), ((5,), (), ("none",))],
+)
+@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float16])
+def test_the_gpu_kernel_against_float64(stored, rows, pieces, hidden, names, device, poisoned):
+    """Products of fp32 here; on a GPU tf32 forward and back."""
+    need_triton()
+    torch.manual_seed(0)
+    sizes = (sum(pieces), *hidden, 1)
+    layers = random_networks(sizes, stored)
+    if stored == torch.float16:
+        layers = [*(t._replace(weight=t.weight.half()) for t in layers[:-1]), layers[-1]]
+    described = f"{'+'.join(map(str, pieces))}: " + ", ".join(f"{n} {a}" for n, a in zip(sizes[1:], names, strict=True))
+    kernel = gpu_gradient(layers, described, device)
+    if not hidden:
+        assert kernel is None, "one layer is its own gradient"
+        return
+    x = torch.randn(rows, sizes[0])
+    y, gradient, bound, slack, near = reference(x, layers, names)
+    got, slope = kernel([part.to(device).contiguous() for part in x.split(pieces, 1)])
+    got, slope = got.cpu().double()[:, None], slope.cpu().double()
+    coarse = 2.0**13 if GPU else 1.0  # tf32 has 2^-11 where fp32 has 2^-24
+    assert (got - y).abs().le(coarse * bound)[~near].all()
+    assert (slope - gradient).abs().le(coarse * slack)[~near].all()
+    # the bound is a worst case; errors that do not conspire stay far below
+    assert float((slope - gradient)[~near].norm()) <= (3e-3 if GPU else 1e-6) * float(gradient[~near].norm())
+    assert rows == 1 or not near.all()
+
+
+def gpu_gradient(layers, described, device, compute=torch.float32):
+    weights, params = pack([layers], described)
+    made = importlib.import_module("rewardzip_kernels.gpu.fused_mlp").Network
+    return made(weights.to(device), params.to(device), described, None, "none", compute).gradient()
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "300: 8 relu, 1",
+        "7: 256 relu, 256 relu, 256 relu, 8 relu, 1",
+        "7: 8 silu, 1",
+        "7: 8 layer_norm relu, 1",
+        "7: 8 relu, 2",
+        "7: 8 elu:-1, 1",
+        "7: 1",
+    ],
+)
+def test_networks_the_gpu_kernel_does_not_take(layers):
+    need_triton()
+    from rewardzip_kernels.gpu.mlp_gradient import takes
+
+    assert not takes(layout(layers, True), torch.float16)
+    assert takes(layout("7: 8 relu, 1", True), torch.float16)
+    network = importlib.import_module("rewardzip_kernels.gpu.fused_mlp").Network
+    two = pack([random_networks((7, 8, 1), torch.int8)] * 2, "7: 8 relu, 1")
+    assert network(*two, "7: 8 relu, 1", 2, "none", None).gradient() is None
+    three = layout("7: 256 relu, 256 relu, 256 relu, 1", True)
+    assert takes(three, torch.float16)
+    assert not takes(three, torch.float32)
+
+
+@pytest.mark.parametrize("compute", [torch.float16, torch.float32])
+def test_the_gpu_kernel_s_output_is_the_launch_s(compute, device):
+    """fp16 products: those of the launch, so their sums may differ by their order alone."""
+    need_triton()
+    from rewardzip_kernels.gpu.fused_mlp import fused_mlp
+
+    layers, described = random_networks((23, 70, 33, 1), torch.int8), "23: 70 elu, 33 relu, 1"
+    x = torch.randn(40, 23, device=device)
+    weights, params = (t.to(device) for t in pack([layers], described))
+    y, gradient = gpu_gradient(layers, described, device, compute)([x])
+    launched = fused_mlp([x], weights, params, described, None, "none", compute)
+    torch.testing.assert_close(y[:, None], launched, rtol=1e-5, atol=1e-5)
+    exact = gpu_gradient(layers, described, device, torch.float32)([x])[1]
+    assert float((gradient - exact).norm()) <= 1e-2 * float(exact.norm())
 
 
 def net(activation=nn.ELU, hidden=(64, 48)):
@@ -139,6 +225,41 @@ def test_through_a_model(config, monkeypatch):
     (gradient,) = torch.autograd.grad(fast(spread, action).sum(), spread)
     (expected,) = torch.autograd.grad(same(spread, action).sum(), spread)
     torch.testing.assert_close(gradient, expected, **close)
+
+
+@pytest.fixture
+def gpus_way(monkeypatch, device):
+    """Chains go the way of a GPU, without one on its kernels in the interpreter."""
+    need_triton()
+    monkeypatch.setattr("rewardzip.running.on_gpu", lambda x: True)
+    if not GPU:
+        module = importlib.import_module("rewardzip_kernels.gpu.fused_mlp")
+        monkeypatch.setitem(loading._found, ("cpu", "fused_mlp"), module.fused_mlp)
+    return device
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(compute_dtype="float32"), rz.Int8(activations="dynamic")])
+@pytest.mark.parametrize("activation", [nn.ELU, nn.SiLU])
+def test_through_a_model_on_a_gpu(config, activation, gpus_way, monkeypatch):
+    model = Reward().requires_grad_(False).to(gpus_way)
+    model.net = net(activation).to(gpus_way)
+    fast = rz.swap(model, config)
+    same = rz.restore(fast).requires_grad_(False)
+    by_kernel = activation is nn.ELU and config.activations is None
+    if by_kernel:
+        monkeypatch.setattr(fast.net.whole.guided, "dense", None)
+    inputs = [torch.randn(2, 5, k, device=gpus_way, requires_grad=True) for k in (17, 6)]
+    for _ in range(2):
+        y = fast(*inputs)
+        found = torch.autograd.grad(y.sum(), inputs)
+        expected = torch.autograd.grad(same(*inputs).sum(), inputs)
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).norm()) <= 0.03 * float(b.norm())
+        with torch.no_grad():
+            torch.testing.assert_close(y.detach(), fast(*inputs), rtol=1e-5, atol=1e-5)
+            if by_kernel:  # and again after a change
+                fast.net[0].scale.mul_(2)
+                same.net[0].weight.mul_(2)
 
 
 def test_changes_are_noticed_and_shapes_are_told_apart():

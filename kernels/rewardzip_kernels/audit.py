@@ -84,6 +84,18 @@ def _mlp(
     fused_mlp(inputs, weights, params, layers, members, reduce, compute, scales)
 
 
+def _gradient(layers: str, stored: torch.dtype, compute: torch.dtype | None) -> None:
+    from .gpu.mlp_gradient import gradient
+    from .mlp_layout import layout
+
+    net = layout(layers, stored == torch.int8)
+    weights = torch.empty(net.weights, dtype=stored, device="meta")
+    call = gradient(weights, torch.empty(net.params, device="meta"), layers, compute)
+    if call is None:
+        raise ValueError(f"{layers!r} has no gradient kernel")
+    call([torch.empty(512, k, device="meta") for k in net.layers[0].pieces])
+
+
 def _head(m: int, n_out: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     from .gpu.reward_head import reward_head
 
@@ -150,6 +162,16 @@ MLPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("256: 256 layer_norm mish, 256 layer_norm mish, 101", {}),
     ("256: 256 layer_norm mish, 256 layer_norm mish, 256", {"compute": torch.float32}),
     ("1024: 1", {}),  # no hidden layer
+)
+
+
+GRADIENTS: tuple[tuple[str, torch.dtype, torch.dtype | None], ...] = (
+    ("17+6: 64 relu, 64 relu, 1", torch.int8, None),
+    ("24: 256 elu, 256 elu, 1", torch.int8, None),
+    ("24: 256 tanh, 256 tanh, 1", torch.bfloat16, None),
+    ("17+6: 128 softplus, 128 relu, 1", torch.int8, None),
+    ("250: 256 relu, 256 relu, 256 relu, 1", torch.int8, None),  # the most that is taken
+    ("250: 256 relu, 256 relu, 1", torch.int8, torch.float32),
 )
 
 
@@ -220,6 +242,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         details = "".join(f" {str(v).removeprefix('torch.')}" for v in options.values())
         for m in (16, 8192, 1 << 20):
             yield f"fused_mlp {m} x {layers}{details}", partial(_mlp, layers, m, **options)
+    for layers, stored, compute in GRADIENTS:
+        details = f"{stored} {compute or ''}".replace("torch.", "")
+        yield f"mlp_gradient {layers} of {details}", partial(_gradient, layers, stored, compute)
 
 
 class Launch(NamedTuple):

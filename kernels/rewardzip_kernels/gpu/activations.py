@@ -53,3 +53,28 @@ def activate(x, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none", "an activation of the table is missing here")
     return x
+
+
+# whose slope follows from the output; of leaky_relu and elu where the parameter is above 0
+SLOPES = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus")
+
+
+@triton.jit
+def slope(y, ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr):
+    """The derivative by the input, from the output; 1 at NaN, which y itself shows."""
+    if ACTIVATION == "relu":
+        d = tl.where(y <= 0, 0.0, 1.0)
+    elif ACTIVATION == "leaky_relu":
+        d = tl.where(y > 0, 1.0, PARAMETER)
+    elif ACTIVATION == "elu":
+        d = tl.where(y > 0, 1.0, y + PARAMETER)
+    elif ACTIVATION == "tanh":
+        d = 1.0 - y * y
+    elif ACTIVATION == "sigmoid":
+        d = y * (1.0 - y)
+    elif ACTIVATION == "softplus":
+        d = 1.0 - tl.exp(-y)
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation of the table is missing here")
+        d = y * 0.0 + 1.0
+    return d

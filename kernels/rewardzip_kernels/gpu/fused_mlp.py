@@ -27,6 +27,7 @@ from ..written import function
 from . import tiles
 from .int8_linear import TL_DTYPE
 from .launch import aligned, launch, settled
+from .mlp_gradient import gradient
 from .mlp_layers import network, zeros
 from .mlp_tiles import block, depth, get, load_all, member_size
 
@@ -286,6 +287,11 @@ class Network:
     ) -> None:
         self.arguments = weights, params, layers, members, reduce
         self.compute = compute
+
+    def gradient(self) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
+        """(y [m], its gradient [m, columns]) as a function of fp32 inputs [m, piece], or None."""
+        weights, params, layers, members, _ = self.arguments
+        return gradient(weights, params, layers, self.compute) if members is None else None
 
     def bound(self, inputs: list[Tensor], flat: bool = False) -> Callable[..., Tensor | None] | None:
         """The launch as a function of inputs of these shapes and types, or None; it gives None for others.

@@ -25,7 +25,7 @@ from .mlp_tiles import (
 
 
 @triton.jit
-def _next_slice(
+def next_slice(
     h,
     weights,
     resident,
@@ -107,7 +107,7 @@ def _add_moments(mean, squares, z, j, NET: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def _finish(z, mean, inverse, params, j, NET: tl.constexpr, L: tl.constexpr):
+def finish_slice(z, mean, inverse, params, j, NET: tl.constexpr, L: tl.constexpr):
     n = j * z.shape[1] + tl.arange(0, z.shape[1])
     if get(NET, L, "eps") is not None:
         gamma = vector(params, get(NET, L, "gamma"), n, NET, L)
@@ -191,7 +191,7 @@ def _layer(
         zs = _wide_first_layer(xs, strides, scales_ptr, rows, weights, params, NET, COMPUTE, SLICE)
     elif len(resident) > 0 or SLICES == 1:
         for j in tl.static_range(SLICES):
-            zs = zs + (_next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE),)
+            zs = zs + (next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE),)
 
     mean = tl.zeros([rows.shape[0]], tl.float32)
     squares = tl.zeros([rows.shape[0]], tl.float32)
@@ -201,23 +201,23 @@ def _layer(
                 mean, squares = _add_moments(mean, squares, zs[j], j, NET, L)
         else:
             for j in tl.range(SLICES):
-                z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+                z = next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
                 mean, squares = _add_moments(mean, squares, z, j, NET, L)
         squares = 1.0 / tl.sqrt_rn(squares / get(NET, L, "width") + get(NET, L, "eps"))
 
     out = ()
     if LAST and len(zs) == 0:
         for j in tl.range(SLICES):
-            z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
-            z = _finish(z, mean, squares, params, j, NET, L)
+            z = next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+            z = finish_slice(z, mean, squares, params, j, NET, L)
             ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
     else:
         for j in tl.static_range(SLICES):
             if len(zs) > 0:
                 z = zs[j]
             else:
-                z = _next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
-            z = _finish(z, mean, squares, params, j, NET, L)
+                z = next_slice(h, weights, resident, params, j, NET, L, COMPUTE, SLICE)
+            z = finish_slice(z, mean, squares, params, j, NET, L)
             if LAST:
                 ys = _last_layer(ys, z, params, j * BLOCK_N, o0, NET, 0, EXACT)
             else:

@@ -81,6 +81,17 @@ def resident_index(net, L, s, j, most):
     return before + s * slices(net.layers[L].width, most) + j
 
 
+@triton.constexpr_function
+def kept_index(net, L, j, most):
+    """Where slice j of layer L's outputs is among those of all hidden layers."""
+    return sum(slices(net.layers[i].width, most) for i in range(L)) + j
+
+
+@triton.constexpr_function
+def unpadded_start(net, L, i):
+    return sum(net.layers[L].pieces[:i])
+
+
 @triton.jit
 def weight_tile(
     weights,
