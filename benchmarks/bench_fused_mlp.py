@@ -1,4 +1,4 @@
-"""A whole reward network in one call, beside its layers in torch."""
+"""A whole reward network in one call, and its gradient by state and action, beside its layers in torch."""
 
 import copy
 from functools import partial
@@ -32,3 +32,26 @@ def test_fused_mlp(benchmark, name, width, rows):
     inputs = [x.to(dtype) for x in many]
     group = f"fused_mlp: 17+6, {width}, {width}, 1, {rows} rows"
     timed(benchmark, group, partial(run, *inputs), exact, then=partial(run, *[x[:rows] for x in inputs]))
+
+
+# a gradient is as wrong as its slopes: where a rounding crosses a kink, one changes altogether
+OF_SLOPES = 0.2
+
+
+def gradient(model, *inputs):
+    with torch.enable_grad():
+        asked = [x.detach().requires_grad_() for x in inputs]
+        return torch.cat(torch.autograd.grad(model(*asked).sum(), asked), 1)
+
+
+@cells
+@pytest.mark.parametrize("width", [64, 256], ids=["small", "large"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "bf16"])
+def test_gradient(benchmark, name, width, rows):
+    torch.manual_seed(0)
+    model = rz.RewardMLP(17, 6, hidden=(width, width)).to(DEVICE).eval().requires_grad_(False)
+    many = torch.randn(max(rows, 256), 17, device=DEVICE), torch.randn(max(rows, 256), 6, device=DEVICE)
+    exact = gradient(copy.deepcopy(model).double(), *[x.double() for x in many])
+    run = partial(gradient, FORMS[name](model))
+    group = f"gradient: 17+6, {width}, {width}, 1, {rows} rows"
+    timed(benchmark, group, partial(run, *many), exact, OF_SLOPES, partial(run, *[x[:rows] for x in many]))
