@@ -57,12 +57,12 @@ OURS = {"fused fp32": rz.Fused(), "int8": rz.Int8(), "int8 x int8": rz.Int8(acti
 
 
 def ours(nets: Nets) -> dict[str, nn.Module]:
-    """By our names; ensembles are fused in int8 only, and wide networks have no fp32 form of ours."""
+    """By our names; wide networks have no fp32 form of ours."""
     found = {}
     for name, config in OURS.items():
-        if len(nets) > 1 and isinstance(config, rz.Int8):
+        if len(nets) > 1:
             found[f"rewardzip {name}"] = rz.fuse_ensemble(nets, config)
-        elif len(nets) == 1:
+        else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 fast = rz.swap(nets[0], config)

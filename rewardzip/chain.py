@@ -120,13 +120,12 @@ class Chain:
         """Of a plain call, which is the same from the first one on. On a CPU 16-bit rows are made fp32."""
         if is_compiling():
             return None
-        x = inputs[0]
-        if x.is_cpu and x.dtype in HALVES and self.compute_dtype in (None, torch.int8):
-            y = self.settled(tuple([i.float() for i in inputs])) if all(i.dtype == x.dtype for i in inputs) else None
-            return None if y is None else y.to(x.dtype)
+        kind, rows = inputs[0].dtype, inputs
+        if inputs[0].is_cpu and kind in HALVES and all(x.dtype == kind for x in inputs):
+            rows = tuple([x.float() for x in inputs])
         widths = tuple([int(x.shape[-1]) for x in inputs])
-        compute = compute_for(inputs[0], self.compute_dtype)
-        self.shortcut.settle(inputs, self.describe(widths), compute, lambda: self.flat(widths))
+        compute = compute_for(rows[0], self.compute_dtype)
+        self.shortcut.settle(rows, self.describe(widths), compute, lambda: self.flat(widths))
         return self.route.quick(*inputs)
 
     def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
@@ -325,7 +324,7 @@ class Dense(Wide):
         if is_compiling() or not nobody_listens(inputs):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         # numbers that change from call to call, as in training, are not worth packing
-        before, self.seen = self.seen, sum([0 if p.is_inference() else p._version for p in self.dense()])
+        before, self.seen = self.seen, self.shortcut.versions()
         x = inputs[0]
         much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16

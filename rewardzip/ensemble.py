@@ -13,11 +13,11 @@ from torch.compiler import is_compiling
 from rewardzip_kernels import fused_mlp
 from rewardzip_kernels.mlp_layout import pack
 
-from .chain import Chain, compute_for, fits
+from .chain import Chain, Dense, compute_for, fits
 from .direct import Form
 from .fuse import FusedForward
 from .guided import wanted
-from .int8 import Int8
+from .int8 import Fused, Int8
 from .nn import BlockSparseLinear, Int8Linear
 from .shortcut import Shortcut
 from .swap import swap
@@ -26,12 +26,16 @@ Reduce = Literal["none", "mean_std"]
 
 
 def fuse_ensemble(
-    members: Sequence[nn.Module], config: Int8 | None = None, reduce: Reduce = "none", example_inputs: Any = None
+    members: Sequence[nn.Module],
+    config: Int8 | Fused | None = None,
+    reduce: Reduce = "none",
+    example_inputs: Any = None,
 ) -> FusedEnsemble:
     """Networks of the same shape as one module: their MLPs in one launch over the same inputs.
 
     The result returns all members' outputs stacked in front, or with reduce="mean_std" their mean and torch's standard
-    deviation. The members are swapped copies; each must hold one MLP of 2 to 6 layers, each at most 256 wide.
+    deviation. The members are swapped copies; each must hold one MLP of 2 to 6 layers, each at most 256 wide. By
+    ``Fused()`` nothing is rounded, and the one call is a CPU's: elsewhere the members run one by one.
     """
     if not members:
         raise ValueError("fuse_ensemble: there is no member")
@@ -99,6 +103,7 @@ class _Launch:
         self.chains = chains
         self.places: list[tuple[nn.Module, type[nn.Module]]] = []
         self.packed: dict[Any, Any] = {}
+        self.seen: int | None = None
         self.call = threading.local()
         parts = [part for chain in chains for part in (*chain.linears, *filter(None, chain.norms))]
         self.shortcut = Shortcut(parts, lambda: [chain.numbers() for chain in chains], len(chains), "none")
@@ -145,6 +150,8 @@ class _Launch:
         if self.chains[0].guidable and wanted(inputs):
             return torch.stack([chain.guided(inputs) for chain in self.chains])
         widths = tuple(x.shape[-1] for x in inputs)
+        if isinstance(self.chains[0], Dense):
+            return self.of_dense(inputs, widths)
         found = self.packed.get(widths)
         if found is None or found[0]():
             changed = self.shortcut.look().is_other()
@@ -160,17 +167,27 @@ class _Launch:
         self.shortcut.settle(inputs, layers, compute, lambda: (weights, params))
         return y
 
+    def of_dense(self, inputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
+        # numbers that change from call to call, as in training, are not worth packing
+        before, self.seen = self.seen, self.shortcut.versions()
+        if before in (None, self.seen) and all(p.dtype == torch.float32 for p in self.shortcut.dense()):
+            self.shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs[0], None))
+            y = self.shortcut.straight.quick(*inputs)
+            if y is not None:
+                return y
+        return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+
 
 class _Slot(Chain):
     """Stands where a member's chain stood: its share of the launch inside an ensemble's call, itself outside."""
 
     def __init__(self, launch: _Launch, e: int, chain: Chain) -> None:
         self.__dict__.update(chain.__dict__)
-        self.shared_launch, self.e = launch, e
+        self.own, self.shared_launch, self.e = chain, launch, e
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         if self.is_training() or not self.shared_launch.serves(self.e):
-            return super().__call__(*inputs, dim=dim)
+            return self.own(*inputs, dim=dim)
         if dim not in (-1, inputs[0].dim() - 1):
             inputs = (torch.cat(inputs, dim),)
         return self.shared_launch.share(self.e, inputs)
@@ -185,7 +202,8 @@ def _only_chain(member: nn.Module, e: int) -> tuple[Any, str, Chain]:
         for name, chain in vars(type(module)).items()
         if isinstance(chain, Chain) and name != "whole"
     ]
-    if len(found) != 1 or not fits(found[0][2].linears, (Int8Linear, BlockSparseLinear)):
+    kinds = Int8Linear, BlockSparseLinear
+    if len(found) != 1 or not (isinstance(found[0][2], Dense) or fits(found[0][2].linears, kinds)):
         raise ValueError(
             f"fuse_ensemble: member {e} has {len(found)} MLPs that fit one launch; it must have one "
             "(2 to 6 layers, each at most 256 wide, in code that can be traced)"

@@ -41,6 +41,7 @@ class Shortcut:
         self, parts: list[nn.Module], numbers: Callable[[], list[list[Linear]]], members: int | None, reduce: str
     ) -> None:
         self.numbers, self.members, self.reduce = numbers, members, reduce
+        self.uncompressed = not any(isinstance(m, CompressedLinear) for m in parts)
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
         # a dense layer's tables, not what is in them: a parameter may be replaced by another
         self.tables = [m._parameters for m in parts if not isinstance(m, CompressedLinear)]
@@ -67,6 +68,10 @@ class Shortcut:
 
     def dense(self) -> list[nn.Parameter]:
         return [p for table in self.tables for p in table.values() if p is not None]
+
+    def versions(self) -> int:
+        """How often the dense parameters were written to, as far as that is counted."""
+        return sum([0 if p.is_inference() else p._version for p in self.dense()])
 
     def settle(
         self,
@@ -113,6 +118,9 @@ class Shortcut:
         inputs = [f"x{i}" for i in range(self.arity)]
         unlike = " or ".join(f"type({x}) is not Tensor" for x in inputs)
         parameters = [name for name, t in watch.names.items() if isinstance(t, nn.Parameter)]
+        if self.uncompressed:  # torch's layers take rows of their own type alone
+            weight = next(name for name, t in watch.names.items() if isinstance(t, Tensor))
+            unlike += "".join(f" or {x}.dtype is not {weight}.dtype" for x in inputs)
         learning = " or ".join(f"{name}.requires_grad" for name in (*inputs, *parameters))
         source = f"""
 def f({", ".join(f"{x}=None" for x in inputs)}, *more):

@@ -1,6 +1,7 @@
 """fuse_ensemble: members in one launch, each as if it ran alone."""
 
 import copy
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -228,3 +229,68 @@ def test_members_that_work_along_other_places(cat, squeeze, rows):
         return
     for _ in range(3):
         torch.testing.assert_close(fused(*x), apart)
+
+
+def unfused(members, *x):
+    return torch.stack([m(*x) for m in members])
+
+
+@pytest.mark.parametrize("make", [lambda: rz.RewardMLP(17, 6, (32, 300)), lambda: mlp(23, 20, 20, 1)])
+@pytest.mark.parametrize("reduce", ["none", "mean_std"])
+def test_nothing_rounded(make, reduce):
+    members = nets(3, make)
+    fused = rz.fuse_ensemble(members, rz.Fused(), reduce)
+    for rows in (1, 9, 200):
+        x = inputs(rows) if isinstance(members[0], rz.RewardMLP) else (torch.randn(rows, 23),)
+        expected = unfused(members, *x)
+        for _ in range(2):
+            found = fused(*x)
+            if reduce == "mean_std":
+                torch.testing.assert_close(found[0], expected.mean(0), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found[1], expected.std(0), rtol=1e-4, atol=1e-6)
+            else:
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert fused.launch.shortcut.straight.calls[x[0].shape] is not None, "what is tested is the one call"
+        half = [t.half() for t in x]
+        with pytest.raises(RuntimeError, match="dtype"):
+            fused(*half)
+        asked = [t.clone().requires_grad_() for t in x]
+        if reduce == "none":
+            a, b = (torch.autograd.grad(f(*asked).sum(), asked) for f in (fused, lambda *t: unfused(members, *t)))
+            for one, other in zip(a, b, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_members_learn_as_before(monkeypatch):
+    members, x = [rz.RewardMLP(17, 6, (32, 32)) for _ in range(2)], inputs()
+    fused = rz.fuse_ensemble(members, rz.Fused())
+    packed = []
+    network = importlib.import_module("rewardzip.shortcut").network
+    monkeypatch.setattr("rewardzip.shortcut.network", lambda *a: packed.append(a) or network(*a))
+    with torch.no_grad():
+        fused(*x)
+    assert len(packed) == 1
+    for models, call in ((members, lambda: unfused(members, *x)), (fused.members, lambda: fused(*x))):
+        optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], 0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            call().square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():  # an agent acts between steps
+                acted = call()
+    assert len(packed) == 1, "numbers that change from call to call are not packed"
+    for a, b in zip(members, fused.members, strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q), "the same steps, to the bit"
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(*x), acted)
+            torch.testing.assert_close(fused(*x), unfused(members, *x))
+    assert len(packed) == 2
+
+
+def test_dense_members_in_16_bits_are_their_own():
+    members = [mlp(23, 20, 1).bfloat16().requires_grad_(False) for _ in range(2)]
+    fused, x = rz.fuse_ensemble(members, rz.Fused()), torch.randn(5, 23).bfloat16()
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), unfused(members, x), rtol=0.05, atol=0.02)

@@ -209,3 +209,27 @@ def test_on_a_gpu_a_16_bit_model_is_one_launch(dtype, device, monkeypatch):
     assert calls[0][1].dtype == dtype
     assert y.dtype == dtype
     assert float((y - exact).norm()) <= 8 * torch.finfo(dtype).eps * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_another_type_are_refused_as_by_torch(dtype):
+    model = mlp(6, 16, 1).to(dtype).requires_grad_(False)
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(5, 6)
+    settled(fast, x.to(dtype))
+    for other in {torch.float32, torch.float16, torch.bfloat16} - {dtype}:
+        with pytest.raises(RuntimeError, match="dtype"):
+            fast(x.to(other))
+    turned = fast.to(torch.bfloat16)
+    torch.testing.assert_close(settled(turned, x.bfloat16()), model.bfloat16()(x.bfloat16()), rtol=0.05, atol=0.02)
+    with pytest.raises(RuntimeError, match="dtype"):
+        fast(x.to(dtype))
+
+
+def test_lent_numbers_before_any_others():
+    model = mlp(6, 16, 1).requires_grad_(False)
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(5, 6)
+    lent = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    expected = torch.func.functional_call(model, lent, x)
+    for _ in range(2):
+        torch.testing.assert_close(torch.func.functional_call(fast, lent, x), expected)
+    torch.testing.assert_close(fast(x), model(x))
