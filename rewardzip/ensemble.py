@@ -170,7 +170,7 @@ class _Launch:
     def of_dense(self, inputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
         # numbers that change from call to call, as in training, are not worth packing
         before, self.seen = self.seen, self.shortcut.versions()
-        if before in (None, self.seen) and all(p.dtype == torch.float32 for p in self.shortcut.dense()):
+        if before in (None, self.seen):
             self.shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs[0], None))
             y = self.shortcut.straight.quick(*inputs)
             if y is not None:

@@ -294,3 +294,12 @@ def test_dense_members_in_16_bits_are_their_own():
     fused, x = rz.fuse_ensemble(members, rz.Fused()), torch.randn(5, 23).bfloat16()
     for _ in range(2):
         torch.testing.assert_close(fused(x), unfused(members, x), rtol=0.05, atol=0.02)
+        torch.testing.assert_close(fused.members[1](x), members[1](x), rtol=0.05, atol=0.02)
+
+
+def test_members_that_are_called_in_different_ways_run_their_own_code():
+    fused, x = rz.fuse_ensemble([Along(-1, -1), Along(1, 1)]), (torch.randn(4, 17), torch.randn(4, 6))
+    torch.testing.assert_close(fused(*x), torch.stack([m(*x) for m in fused.members]))
+    deep = torch.randn(4, 9, 17), torch.randn(4, 9, 6)
+    with pytest.raises(RuntimeError):  # the second cannot join them
+        fused(*deep)

@@ -159,12 +159,19 @@ def test_16_bit_rows_are_read_as_they_are(dtype, config, rows):
         chain = type(fast.net).chains[0]
         if rows:
             assert chain.shortcut.flat.quick(*x) is not None, "what is tested is the one call"
-        # of another type, or of two: whatever the model says to that
-        try:
-            mixed = model(x[0], x[1].float())
-        except RuntimeError:
-            return
-        assert fast(x[0], x[1].float()).dtype == mixed.dtype
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8("dynamic")])
+def test_rows_of_two_types_are_promoted(config):
+    """Before 16-bit rows of the shape were seen and after."""
+    fast = rz.swap(rz.RewardMLP(17, 6, (32, 32)).requires_grad_(False), config)
+    state, action = torch.randn(4, 17).half(), torch.randn(4, 6)
+    for _ in range(2):
+        for x in ((state, action), (state.float(), action.half())):
+            y = fast(*x)
+            assert y.dtype == torch.float32
+            assert not torch.equal(y, y.half().float()), "not rounded on the way"
+        fast(state, action.half())
 
 
 def test_16_bit_models_learn_as_before():
@@ -180,12 +187,15 @@ def test_16_bit_models_learn_as_before():
 
 def test_much_bfloat16_is_left_to_torch(monkeypatch):
     model = mlp(6, 256, 256, 1).bfloat16().requires_grad_(False)
-    fast = rz.swap(model, rz.Fused())
+    fast, exact = rz.swap(model, rz.Fused()), rz.swap(copy.deepcopy(model).float(), rz.Fused())
     (chain,) = type(fast).chains
     rows, seen, linear = (1 << 23) // chain.weights, [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append(self) or linear(self, x))
     for count, alone in ((rows - 1, False), (rows + 1, True)):
-        x = torch.randn(count, 6).bfloat16()
+        x = torch.randn(count, 6)
+        exact(x)
+        assert not seen, "fp32 is not"
+        x = x.bfloat16()
         seen.clear()
         fast(x)
         assert bool(seen) == alone

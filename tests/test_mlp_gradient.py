@@ -221,10 +221,24 @@ def test_through_a_model(config, monkeypatch):
         with torch.no_grad():
             expected = fast(*inputs)
         torch.testing.assert_close(fast(*inputs).detach(), expected, rtol=1e-6, atol=1e-6)
-    spread = torch.randn(5, 2, 17).transpose(0, 1).requires_grad_()  # not dense in memory
-    (gradient,) = torch.autograd.grad(fast(spread, action).sum(), spread)
-    (expected,) = torch.autograd.grad(same(spread, action).sum(), spread)
-    torch.testing.assert_close(gradient, expected, **close)
+    # not dense in memory: rows, and what lies in a row
+    for spread, other in ((torch.randn(5, 2, 17).transpose(0, 1), action), (torch.randn(17, 5).t(), action[0])):
+        spread = spread.requires_grad_()
+        (gradient,) = torch.autograd.grad(fast(spread, other).sum(), spread)
+        (expected,) = torch.autograd.grad(same(spread, other).sum(), spread)
+        torch.testing.assert_close(gradient, expected, **close)
+
+
+def test_a_dense_last_layer_that_learns_gets_its_gradient():
+    model = Reward()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.net[-1].requires_grad_(True)
+    fast, x = rz.swap(model, rz.Int8()), [torch.randn(5, k, requires_grad=True) for k in (17, 6)]
+    fast.net[-1].requires_grad_(True)
+    fast(*x).sum().backward()
+    assert fast.net[-1].weight.grad is not None
+    assert all(i.grad is not None for i in x)
 
 
 @pytest.fixture

@@ -316,6 +316,7 @@ def test_grid_linear_is_its_formula():
     )
     x = torch.randn(3, 7)
     assert torch.equal(layer.weight, torch.full((5, 7), -1.5))
+    assert layer.weight_bytes() == layer.codes.numel() == 10, "35 codes of 2 bits, in eights"
     assert torch.allclose(layer(x, "relu"), F.relu(F.linear(x, layer.weight, linear.bias)))
     with pytest.raises(ValueError, match="bits=9"):
         GridLinear(4, 4, bits=9)

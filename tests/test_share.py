@@ -48,6 +48,7 @@ def test_codebooks_are_stored_small_and_computed_right(tmp_path, entries, bits):
     stored = safetensors.torch.load_file(tmp_path / "m/model.safetensors")
     assert stored["0.indices"].numel() == 64 * 64 * bits // 8
     assert layer.indices.numel() == 64 * 64 * bits // 8
+    assert layer.weight_bytes() == 64 * 64 * bits // 8 + 4 * entries
     loaded = rz.load(tmp_path / "m")
     assert same_state(loaded.state_dict(), fast.state_dict())
     assert torch.equal(loaded(x), fast(x))

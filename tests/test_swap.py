@@ -779,3 +779,11 @@ def test_a_layer_that_has_run_is_refreshed(rows):
     layer(x)
     layer.refresh(second)
     assert torch.equal(layer(x), Int8Linear.from_linear(second, rows=rows)(x))
+
+
+@pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16])
+def test_rows_are_rounded_at_every_call_where_that_was_asked_for(compute):
+    layer, x = Int8Linear.from_linear(nn.Linear(40, 20), compute_dtype=compute), torch.randn(5, 40)
+    first = layer(x)
+    assert not torch.equal(first, Int8Linear.from_linear(layer.to_linear())(x))
+    assert torch.equal(layer(x), first)
