@@ -121,7 +121,7 @@ class Chain:
         if is_compiling():
             return None
         kind, rows = inputs[0].dtype, inputs
-        if inputs[0].is_cpu and kind in HALVES and all(x.dtype == kind for x in inputs):
+        if inputs[0].is_cpu and kind in HALVES:
             rows = tuple([x.float() for x in inputs])
         widths = tuple([int(x.shape[-1]) for x in inputs])
         compute = compute_for(rows[0], self.compute_dtype)
