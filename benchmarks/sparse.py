@@ -115,7 +115,8 @@ def layer_by_layer(model: nn.Module) -> nn.Module:
 def models(options: argparse.Namespace, told: dict[str, str]) -> list[dict[str, object]]:
     """23-256-256-1, the middle layer pruned."""
     written = []
-    blocks_alone = forms.Form("blocks", lambda p: p.sparsity > 0.4, lambda p, d, r: "asked", forms.FORMS[0].make)
+    (make,) = (form.make for form in forms.FORMS if form.name == "blocks")
+    blocks_alone = forms.Form("blocks", lambda p: p.sparsity > 0.4, lambda p, d, r: "asked", make)
     for rows in options.rows:
         inputs = torch.randn(rows, 17), torch.randn(rows, 6)
         for sparsity in options.sparsity:

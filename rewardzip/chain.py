@@ -35,7 +35,7 @@ WEIGHTS_OF_ONE_CALL = 1 << 20
 
 # up to so many multiply-adds, zeros and all, one call is faster than a call a layer without empty blocks, by what the
 # rows are: docs/benchmarks.md
-FEW = {"float": 1 << 21, "dynamic": 1 << 23}
+FEW = {"float": 1 << 22, "dynamic": 1 << 25}
 
 HALVES = (torch.float16, torch.bfloat16)
 
