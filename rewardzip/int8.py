@@ -20,7 +20,8 @@ class Int8:
     """int8 weights, one scale per output.
 
     activations: None keeps the rows in their own type (the default: the model's numbers move least); "dynamic" rounds
-        each row to int8 inside the layer; "static" uses one scale a layer, taken from the example inputs.
+        each row to int8 inside the layer; "static" uses one scale a layer, taken from the example inputs, or "dynamic"
+        for a layer that they reach as zeros.
     compute_dtype: what the products of float rows are made of, "float32" (tf32 on a GPU), "float16" or "bfloat16".
         None is the type of the rows, but for a whole MLP in one launch on a GPU, where it is float16 for fp32 rows:
         beyond 65504 an activation becomes inf there, and the output inf or NaN. "float16" for wider rows needs example
@@ -62,9 +63,11 @@ class Int8:
                 f"swap: layer {name!r} sees inputs up to {x_amax:g}, but float16 ends at {HALF_MAX:g}; "
                 "use compute_dtype='bfloat16' or leave it out"
             )
+        rows = self.activations or "float"
         return Int8Linear.from_linear(
             linear,
-            rows=self.activations or "float",
+            # the examples put nothing but zeros in: no scale for all can be taken from them
+            rows="dynamic" if rows == "static" and x_amax == 0 else rows,
             compute_dtype=None if self.compute_dtype is None else getattr(torch, self.compute_dtype),
             x_amax=x_amax,
         )

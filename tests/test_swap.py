@@ -787,3 +787,14 @@ def test_rows_are_rounded_at_every_call_where_that_was_asked_for(compute):
     first = layer(x)
     assert not torch.equal(first, Int8Linear.from_linear(layer.to_linear())(x))
     assert torch.equal(layer(x), first)
+
+
+def test_a_layer_that_the_examples_reach_as_zeros_rounds_each_row():
+    model = mlp(6, 16).requires_grad_(False)
+    model[0].bias.fill_(-100.0)  # behind ReLU, nothing
+    x = torch.randn(9, 6)
+    fast = rz.swap(model, rz.Int8(activations="static"), x)
+    assert [fast[i].rows for i in (0, 2)] == ["static", "dynamic"]
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    h = 50 * torch.rand(9, 16)  # what may come through one day
+    assert float((fast[2](h) - model[2](h)).norm()) < 0.02 * float(model[2](h).norm())
