@@ -84,6 +84,20 @@ CASES: dict[str, dict[str, tuple[float, ...]]] = {
     "fused_mlp 8192 x 393: 256 relu, 256 relu, 1": {"_fused_mlp_kernel": (13, 8)},
     "fused_mlp 1048576 x 23: 256 relu, 256 relu, 1 5 mean_std": {"_fused_mlp_kernel": (5, 4)},
     "fused_mlp 16 x 256: 256 layer_norm mish, 256 layer_norm mish, 101": {"_fused_mlp_kernel": (4, 4, 4)},
+    "mlp_gradient 17+6: 64 relu, 64 relu, 1 of int8 ": {"_mlp_gradient_kernel": ()},
+    "mlp_gradient 24: 256 elu, 256 elu, 1 of int8 ": {"_mlp_gradient_kernel": ()},
+    # a tenth of 64 x 64 blocks: 6.4 stored ones a block row
+    "block_sparse_linear 1x4096x4096 64x64 of int8 float32": {"_block_gemv_kernel": (2,)},
+    "block_sparse_linear 16x4096x4096 64x64 of int8 float32": {"_block_sparse_linear_kernel": (12.8,)},
+    "block_sparse_linear 4096x4096x4096 64x64 of int8 int8": {
+        "_quantize_rows_kernel": (2, 2),
+        "_block_sparse_linear_kernel": (6.4,),
+    },
+    "sparse24_linear 1x4096x4096 of int8 float32": {"_sparse24_gemv_kernel": (4,)},
+    "sparse24_linear 16x4096x4096 of int8 bfloat16": {"_sparse24_kernel": (32,)},
+    "sparse24_linear 512x4096x4096 of int8 bfloat16": {"_expand_kernel": (), "_int8_linear_kernel": (64,)},
+    # a twentieth of the weights, 205 an output
+    "sparse_rows_linear 1x4096x4096 of int8 float32": {"_sparse_rows_kernel": (2,)},
 }
 
 COLUMNS = (
@@ -142,13 +156,19 @@ def products(case: str) -> float:
         net = layout(re.sub(r" 5 mean_std$", "", layers), True)
         used = net.layers if net.layers[-1].width > 4 else net.layers[:-1]
         return int(size) * members * sum(layer.columns * layer.width for layer in used)
+    if op == "mlp_gradient":
+        net = layout(case.removeprefix("mlp_gradient ").partition(" of ")[0], True)
+        return 2 * 512 * sum(layer.columns * layer.width for layer in net.layers[:-1])
+    kept = {"block_sparse_linear": 0.1, "sparse24_linear": 0.5}.get(op, 1.0)
     if op == "reward_head":
         return int(size.partition("x")[0]) * 4096 * 4096
-    return math.prod(map(int, size.split("x")))
+    return kept * math.prod(map(int, size.split("x")))
 
 
 def rate(case: str) -> str:
-    return "int8" if "dynamic" in case else "tf32" if case.endswith("float32") else "16 bit"
+    if "dynamic" in case or case.endswith("int8 int8"):
+        return "int8"
+    return "tf32" if case.endswith("float32") else "16 bit"
 
 
 def roofline(device: str, moved: float, operations: float, kind: str) -> float | None:
