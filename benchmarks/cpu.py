@@ -66,7 +66,7 @@ def ours(nets: Nets) -> dict[str, nn.Module]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 fast = rz.swap(nets[0], config)
-            if isinstance(config, rz.Int8) or getattr(fast, "chains", []):
+            if isinstance(config, rz.Int8) or getattr(fast, "rz_chains", []):
                 found[f"rewardzip {name}"] = fast
     return found
 

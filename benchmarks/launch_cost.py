@@ -61,7 +61,7 @@ def main() -> None:
     members = [rz.RewardMLP(17, 7, (64, 64)).to(device).requires_grad_(False) for _ in range(5)]
     fast, ensemble = rz.swap(reward, rz.Int8()), rz.fuse_ensemble(members)
     state, action = (torch.randn(32, width, device=device) for width in (17, 7))
-    packed = type(fast.net).chains[0]
+    packed = type(fast.net).rz_chains[0]
     numbers = (*packed.flat((17, 7)), packed.describe((17, 7)))
     arguments = (x, layer.int8_weight, layer.scale, layer.fp32_bias, "relu", None)
     rows = {

@@ -107,7 +107,7 @@ def swapped(model: nn.Module, config: rz.Int8, table: tuple[forms.Form, ...]) ->
 def layer_by_layer(model: nn.Module) -> nn.Module:
     """The model without its one launch for few rows."""
     for module in model.modules():
-        for chain in module.chains if isinstance(module, FusedForward) else ():
+        for chain in module.rz_chains if isinstance(module, FusedForward) else ():
             chain.few = 0
     return model
 

@@ -142,11 +142,11 @@ class Chain:
     def pack(self, widths: tuple[int, ...]) -> _Packed:
         """The layers' numbers in flat tensors: in those there are, so that captured graphs see them, or in new ones."""
         changed, layers = self.shortcut.look().is_other(), self.describe(widths)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             weights, params = pack([self.numbers()], layers)
-        old = self.packed.get(widths)
-        if old is not None and old.weights.device == weights.device:
-            weights, params = old.weights.copy_(weights), old.params.copy_(params)
+            old = self.packed.get(widths)
+            if old is not None and old.weights.device == weights.device:
+                weights, params = old.weights.copy_(weights), old.params.copy_(params)
         self.packed[widths] = _Packed(changed, weights, params, layers)
         return self.packed[widths]
 
@@ -173,6 +173,12 @@ class Chain:
         hidden = [True] * (len(self.steps) - 1) + [False]
         return [_numbers(*parts) for parts in zip(self.linears, self.norms, hidden, strict=True)]
 
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        first: nn.Module = self.linears[0]
+        tensors = [*first.parameters(), *first.buffers()]
+        return tensors[0].device
+
     def repack(self) -> None:
         for widths in list(self.packed):
             self.pack(widths)
@@ -184,6 +190,11 @@ class Chain:
 def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
     """What products are made of: the user's wish, else on a GPU float16 for fp32 rows, on a CPU the rows' own type."""
     return torch.float32 if wish is None and x.dtype == torch.float32 and not running.on_gpu(x) else wish
+
+
+def autocast(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether torch's own layers would compute in another type here."""
+    return torch.is_autocast_enabled(inputs[0].device.type)
 
 
 def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
@@ -252,7 +263,7 @@ def fits_dense(linears: list[Any]) -> bool:
 
 def joined(module: nn.Module, *inputs: Tensor, dim: int) -> Any:
     """``module(torch.cat(inputs, dim))``, without the copy where the module is one chain."""
-    whole = getattr(type(module), "whole", None)
+    whole = getattr(type(module), "rz_whole", None)
     if whole is None or len(inputs) > MAX_INPUTS or module._forward_hooks or module._forward_pre_hooks:
         return module(torch.cat(inputs, dim))
     return whole(*inputs, dim=dim)
@@ -281,9 +292,6 @@ class Wide(Chain):
             if y is not None:
                 return y
         return self.one_by_one(*inputs)
-
-    def repack(self) -> None:
-        """It reads the layers' own numbers."""
 
 
 class Pruned(Wide):
@@ -316,7 +324,8 @@ class Dense(Wide):
         self.narrow = is_narrow(self.linears)
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
-        if self.is_training():
+        alike = is_compiling() or all(p.dtype == x.dtype for p in self.dense() for x in inputs)
+        if self.is_training() or not alike or autocast(inputs):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         return super().__call__(*inputs, dim=dim)
 
@@ -328,7 +337,7 @@ class Dense(Wide):
         x = inputs[0]
         much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16
-        if much or before not in (None, self.seen) or any(p.dtype != x.dtype for p in self.dense()):
+        if much or before not in (None, self.seen):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         if running.on_gpu(x) and self.narrow and x.dtype in HALVES:
             return Chain.run(self, inputs, dim)

@@ -57,7 +57,7 @@ def find(module: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> Form |
     if call.target is joined:
         name = str(given.pop(0).target)
         child = module._modules.get(name)
-        chain = getattr(type(child), "whole", None)
+        chain = getattr(type(child), "rz_whole", None)
     else:
         name, child, chain = "", None, chains.get(str(call.target))
     if chain is None or given != inputs:

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from rewardzip_kernels import fused_mlp
 from rewardzip_kernels.mlp_layout import pack
 
-from .chain import Chain, Dense, compute_for, fits
+from .chain import Chain, Dense, autocast, compute_for, fits
 from .direct import Form
 from .fuse import FusedForward
 from .guided import wanted
@@ -62,8 +63,8 @@ class FusedEnsemble(nn.Module):
             slot = _Slot(launch, e, chain)
             setattr(type(owner), name, slot)
             launch.places.append((owner, type(owner)))
-            if owner.whole is chain:
-                type(owner).whole = slot
+            if owner.rz_whole is chain:
+                type(owner).rz_whole = slot
         for module in self.members.modules():
             if isinstance(module, FusedForward) and "__call__" in vars(type(module)):
                 del type(module).__call__  # past the slot
@@ -110,16 +111,20 @@ class _Launch:
 
     def form(self, members: nn.ModuleList, inputs: tuple[Tensor, ...]) -> Form | None:
         """How the members do nothing but run their MLP on these inputs, or None where one does more."""
-        if torch.is_grad_enabled() and self.shortcut.is_training():
+        if self.shortcut.is_training() or len(members) != len(self.chains):
             return None
-        form: Form | None = getattr(type(members[0]), "form", None)
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return None
+        form: Form | None = getattr(type(members[0]), "rz_form", None)
         if form is None or len(inputs) != form.arity or (form.ranks and inputs[0].dim() not in form.ranks):
             return None
-        for member in members:
-            other = getattr(type(member), "form", None)
-            if other is None or not form.takes(other) or not other.is_undisturbed(member):
+        for member, chain in zip(members, self.chains, strict=True):
+            other = getattr(type(member), "rz_form", None)
+            # another member, or a layer that was replaced, has a chain of its own
+            if other is None or other.chain is not chain:
                 return None
-        # a layer that was replaced is in a chain of its own
+            if not form.takes(other) or not other.is_undisturbed(member):
+                return None
         return form if all(type(owner) is kind for owner, kind in self.places) else None
 
     def start(self) -> None:
@@ -147,16 +152,18 @@ class _Launch:
         return y.squeeze(-1) if flat else y
 
     def launched(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        if self.chains[0].guidable and wanted(inputs):
-            return torch.stack([chain.guided(inputs) for chain in self.chains])
         widths = tuple(x.shape[-1] for x in inputs)
         if isinstance(self.chains[0], Dense):
             return self.of_dense(inputs, widths)
+        if self.chains[0].guidable and wanted(inputs):
+            return torch.stack([chain.guided(inputs) for chain in self.chains])
         found = self.packed.get(widths)
-        if found is None or found[0]():
+        if found is None and is_compiling():
+            return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+        if found is None or (not is_compiling() and found[0]()):
             changed = self.shortcut.look().is_other()
             layers = self.chains[0].describe(widths)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 new = pack([chain.numbers() for chain in self.chains], layers)
                 if found is not None and found[1].device == new[0].device:  # captured graphs read it where it lies
                     new = found[1].copy_(new[0]), found[2].copy_(new[1])
@@ -168,6 +175,14 @@ class _Launch:
         return y
 
     def of_dense(self, inputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
+        if (
+            is_compiling()
+            or not all(p.dtype == x.dtype for p in self.shortcut.dense() for x in inputs)
+            or autocast(inputs)
+        ):
+            return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+        if wanted(inputs):
+            return torch.stack([chain.guided(inputs) for chain in self.chains])
         # numbers that change from call to call, as in training, are not worth packing
         before, self.seen = self.seen, self.shortcut.versions()
         if before in (None, self.seen):
@@ -200,7 +215,7 @@ def _only_chain(member: nn.Module, e: int) -> tuple[Any, str, Chain]:
         for module in member.modules()
         if isinstance(module, FusedForward)
         for name, chain in vars(type(module)).items()
-        if isinstance(chain, Chain) and name != "whole"
+        if isinstance(chain, Chain) and name != "rz_whole"
     ]
     kinds = Int8Linear, BlockSparseLinear
     if len(found) != 1 or not (isinstance(found[0][2], Dense) or fits(found[0][2].linears, kinds)):

@@ -52,8 +52,8 @@ def explain(model: nn.Module) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, FusedForward):
             prefix = f"{name}." if name else ""
-            fused |= {prefix + child: activation for child, activation in module.fused.items()}
-            for chain in module.chains:
+            fused |= {prefix + child: activation for child, activation in module.rz_fused.items()}
+            for chain in module.rz_chains:
                 first, last = prefix + chain.steps[0].layer, prefix + chain.steps[-1].layer
                 launches |= {prefix + step.layer: f"{chain.where}, {first} to {last}" for step in chain.steps}
                 fused |= {prefix + step.layer: step.activation for step in chain.steps}

@@ -123,7 +123,7 @@ def unfused(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, FusedForward):
-            for chain in module.chains:
+            for chain in module.rz_chains:
                 last = chain.linears[-1]
                 one_call = not isinstance(chain, Wide) or chain.weights <= WEIGHTS_OF_ONE_CALL
                 if one_call and isinstance(last, Int8Linear):

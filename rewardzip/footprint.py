@@ -26,7 +26,7 @@ def size(model: nn.Module) -> Size:
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, FusedForward):
-            for chain in module.chains:
+            for chain in module.rz_chains:
                 tensors += [t for packed in chain.packed.values() for t in (packed.weights, packed.params)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return Size(sum(storages.values()), _disk(model, tensors))

@@ -55,16 +55,16 @@ FUNCTIONS: dict[Any, tuple[str, str | None]] = {
 class FusedForward:
     """Mixed into the class of a module whose forward was rewritten.
 
-    ``fused`` maps its linear layers to activations, ``chains`` are its runs of layers in one launch, ``whole`` is the
-    chain that is all it does, if there is one, and ``form`` how it does little more. ``dense``: layers that are not
-    compressed are chained too.
+    ``rz_fused`` maps its linear layers to activations, ``rz_chains`` are its runs of layers in one launch, ``rz_whole``
+    is the chain that is all it does, if there is one, and ``rz_form`` how it does little more. ``rz_dense``: layers
+    that are not compressed are chained too. The names are such as no author's module has: the class's come first.
     """
 
-    fused: dict[str, str]
-    chains: list[Chain]
-    whole: Chain | None
-    form: direct.Form | None
-    dense: bool
+    rz_fused: dict[str, str]
+    rz_chains: list[Chain]
+    rz_whole: Chain | None
+    rz_form: direct.Form | None
+    rz_dense: bool
 
     def __init_subclass__(cls) -> None:
         """Silent to the author's class, which may keep a list of its subclasses."""
@@ -86,15 +86,15 @@ class FusedForward:
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
         lines = [own] if own else []
-        chained = {step.layer for chain in self.chains for step in chain.steps}
-        alone = [f"{name} {activation}" for name, activation in self.fused.items() if name not in chained]
+        chained = {step.layer for chain in self.rz_chains for step in chain.steps}
+        alone = [f"{name} {activation}" for name, activation in self.rz_fused.items() if name not in chained]
         if alone:
             lines.append(f"fused: {', '.join(alone)}")
-        return "\n".join(lines + [f"one launch: {chain}" for chain in self.chains])
+        return "\n".join(lines + [f"one launch: {chain}" for chain in self.rz_chains])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class exists in this process only: a copy is made from the author's class and fused again
-        return _blank, (original_class(self), self.dense), self.__getstate__()
+        return _blank, (original_class(self), self.rz_dense), self.__getstate__()
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -102,7 +102,7 @@ class FusedForward:
 
 
 def _blank(kind: type[nn.Module], dense: bool) -> Any:
-    return copyreg.__newobj__(_subclass(kind, {"dense": dense}))  # type: ignore[attr-defined]
+    return copyreg.__newobj__(_subclass(kind, {"rz_dense": dense}))  # type: ignore[attr-defined]
 
 
 def _subclass(kind: type[nn.Module], names: dict[str, Any]) -> type[nn.Module]:
@@ -121,10 +121,10 @@ def unfuse(module: nn.Module) -> None:
 
 
 def _fuse_anew(module: Any) -> None:
-    before, dense = getattr(type(module), "chains", []), type(module).dense
+    before, dense = getattr(type(module), "rz_chains", []), type(module).rz_dense
     unfuse(module)
     fuse(module, dense)
-    for old, new in zip(before, getattr(type(module), "chains", []), strict=False):
+    for old, new in zip(before, getattr(type(module), "rz_chains", []), strict=False):
         new.take_over(old)
 
 
@@ -318,7 +318,7 @@ def _fold_joins(module: nn.Module, graph: fx.Graph) -> bool:
             continue
         child, source = module.get_submodule(str(node.target)), node.args[0]
         parts = _concatenated(source)
-        if parts is None or getattr(type(child), "whole", None) is None:
+        if parts is None or getattr(type(child), "rz_whole", None) is None:
             continue
         with graph.inserting_before(node):
             owner = graph.get_attr(str(node.target))
@@ -356,12 +356,12 @@ def _install(
     whole = operations == ["placeholder", "call_module", "output"] and "_chain_0" in chains and not defaults
     names = {
         "forward": forward,
-        "fused": fused,
-        "dense": dense,
-        "chains": list(chains.values()),
-        "whole": chains["_chain_0"] if whole else None,
+        "rz_fused": fused,
+        "rz_dense": dense,
+        "rz_chains": list(chains.values()),
+        "rz_whole": chains["_chain_0"] if whole else None,
     }
-    form = names["form"] = None if defaults else direct.find(module, graph, chains)
+    form = names["rz_form"] = None if defaults else direct.find(module, graph, chains)
     if form is not None:
         names["__call__"] = direct.caller(form)
     module.__class__ = _subclass(kind, {**names, **chains})

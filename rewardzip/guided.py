@@ -32,6 +32,7 @@ def wanted(inputs: tuple[Tensor, ...]) -> bool:
         torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
         and all((x.is_cpu or x.is_cuda) and x.dtype == torch.float32 for x in inputs)
+        and all(x.device == inputs[0].device for x in inputs)
         and not is_compiling()
     )
 
@@ -58,6 +59,8 @@ class Guided:
         leading = inputs[0].shape[:-1]
         if not all(x.shape[:-1] == leading for x in inputs) or leading.numel() == 0:
             return None
+        if inputs[0].device != self.chain.device():
+            return None
         if self.is_other():
             self.kernels, self.is_other = {}, self.chain.shortcut.look().is_other()
         widths = tuple([x.shape[-1] for x in inputs])
@@ -73,7 +76,7 @@ class Guided:
             return network([chain.numbers()], layers, None, "none", compute)
         if chain.op != "fused_mlp":
             return None
-        return packed_network(*chain.flat(widths), layers, None, "none", chain.compute_dtype)
+        return packed_network(lambda: chain.flat(widths), chain.device(), layers, None, "none", chain.compute_dtype)
 
     def dense(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """On fp32 copies, by torch's own means."""
@@ -92,7 +95,7 @@ class Guided:
         ):
             h = linear(h) if weight is None else F.linear(h, weight, linear.fp32_bias)
             h = activation.forward(h if norm is None else norm(h), parameter)
-        if not chain.rounds_rows and not running.on_gpu(inputs[0]):
+        if not chain.rounds_rows and (chain.shortcut.uncompressed or not running.on_gpu(inputs[0])):
             return h
         with torch.no_grad():
             rounded = chain.route.quick(*inputs)
@@ -119,9 +122,11 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradient, *inputs = ctx.saved_tensors
-        asked = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
         if torch.is_grad_enabled():  # the gradient shall have one itself
-            found = iter(torch.autograd.grad(ctx.guided.dense(tuple(inputs)), asked, grad, create_graph=True))
+            # views: one input may have been computed from another, which is not for this function to follow
+            own = [x.view_as(x) for x in inputs]
+            asked = [x for x, needed in zip(own, ctx.needs_input_grad[2:], strict=True) if needed]
+            found = iter(torch.autograd.grad(ctx.guided.dense(tuple(own)), asked, grad, create_graph=True))
         else:
             parts = (grad.reshape(-1, 1) * gradient).split([x.shape[-1] for x in inputs], 1)
             pairs = zip(inputs, parts, ctx.needs_input_grad[2:], strict=True)

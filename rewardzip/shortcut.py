@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from rewardzip_kernels.fused_mlp import network, packed_network
 from rewardzip_kernels.mlp_layout import Linear
-from rewardzip_kernels.registration import modes, nobody_listens, tracing, transforms
+from rewardzip_kernels.registration import forward_mode, modes, nobody_listens, tracing, transforms
 
 from .nn import CompressedLinear
 from .nn.base import SHAPES_KEPT
@@ -89,6 +89,8 @@ class Shortcut:
             return
         if compute not in (torch.float32, torch.int8) if x.is_cpu else not x.is_cuda or packed is None:
             return
+        if self.uncompressed and len({p.dtype for p in self.dense()}) > 1:
+            return
         if len(inputs) != self.arity or self.changed():
             self.forget(len(inputs))
         # what another thread settles meanwhile has its own
@@ -104,13 +106,16 @@ class Shortcut:
             if x.is_cpu and compute is not None:
                 found = network(self.numbers(), layers, self.members, self.reduce, compute)
             if found is None and packed is not None:
-                found = packed_network(*packed(), layers, self.members, self.reduce, compute)
+                found = packed_network(packed, x.device, layers, self.members, self.reduce, compute)
             if found is None:
                 return
             networks[widths] = found
-        calls[x.shape], flat[x.shape] = found.bound(list(inputs)), found.bound(list(inputs), flat=True)
+        made = found.bound(list(inputs)), found.bound(list(inputs), flat=True)
+        if made[0] is None and not x.is_cpu:  # these rows lie badly, others of the shape may not
+            return
+        calls[x.shape], flat[x.shape] = made
         if self.straight.quick is _nothing_settled:
-            changed = watch.changed({id(t) for t in found.live})
+            changed = watch.changed()
             self.straight.quick, self.flat.quick = (self.guarded(table.get, watch, changed) for table in (calls, flat))
 
     def guarded(self, find: Callable[[torch.Size], Any], watch: Watch, changed: str) -> Quick:
@@ -120,7 +125,7 @@ class Shortcut:
         parameters = [name for name, t in watch.names.items() if isinstance(t, nn.Parameter)]
         if self.uncompressed:  # torch's layers take rows of their own type alone
             weight = next(name for name, t in watch.names.items() if isinstance(t, Tensor))
-            unlike += "".join(f" or {x}.dtype is not {weight}.dtype" for x in inputs)
+            unlike += "".join(f" or {x}.dtype is not {weight}.dtype" for x in inputs) + " or autocast(x0.device.type)"
         learning = " or ".join(f"{name}.requires_grad" for name in (*inputs, *parameters))
         source = f"""
 def f({", ".join(f"{x}=None" for x in inputs)}, *more):
@@ -129,12 +134,13 @@ def f({", ".join(f"{x}=None" for x in inputs)}, *more):
     call = find(x0.shape)
     if call is None or (grads() and ({learning})):
         return None
-    if modes() or transforms() is not None or tracing() is not None or {changed}:
+    if modes() or transforms() is not None or tracing() is not None or dual._current_level >= 0 or {changed}:
         return None
     return call({", ".join(inputs)})
 """
         listening = {"modes": modes, "transforms": transforms, "tracing": tracing, "grads": is_grad_enabled}
-        return watch.function(source, find=find, Tensor=Tensor, **listening)
+        more: dict[str, Any] = {"autocast": torch.is_autocast_enabled, "dual": forward_mode}
+        return watch.function(source, find=find, Tensor=Tensor, **listening, **more)
 
 
 def _nothing_settled(*inputs: Tensor) -> Tensor | None:

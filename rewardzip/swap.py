@@ -130,7 +130,7 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
             tensor.copy_(dense)
     for module in fast.modules():
         if isinstance(module, FusedForward):
-            for chain in module.chains:
+            for chain in module.rz_chains:
                 chain.repack()
 
 

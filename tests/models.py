@@ -44,7 +44,7 @@ def fused(model: nn.Module) -> dict[str, str]:
         f"{name}.{child}" if name else child: activation
         for name, module in model.named_modules()
         if isinstance(module, FusedForward)
-        for child, activation in module.fused.items()
+        for child, activation in module.rz_fused.items()
     }
 
 

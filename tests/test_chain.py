@@ -119,7 +119,7 @@ def test_wide_layers_are_one_call_on_a_cpu(rows, config):
     for layer in fast:
         expected = layer(expected)
     first, again = fast(x), fast(x)
-    assert fast.whole.shortcut.straight.calls[x.shape]
+    assert fast.rz_whole.shortcut.straight.calls[x.shape]
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(first, again)
     assert torch.equal(fast(x[:1]), first[:1]), "a row is itself whatever the batch"
@@ -246,7 +246,7 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
     x = torch.randn(4, 6)
     before = fast(x)
     assert torch.equal(fast(x), before)
-    assert fast.whole.shortcut.straight.calls, "what is tested is the short way"
+    assert fast.rz_whole.shortcut.straight.calls, "what is tested is the short way"
     change(fast)
     after = fast(x)
     if change is not half_and_back:
@@ -257,7 +257,7 @@ def test_every_change_of_a_layer_is_noticed(change, config, width):
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
     if change is not replace_layer:  # that leaves a dense layer in the middle
-        assert fast.whole.shortcut.straight.quick(x) is not None, "and settled anew"
+        assert fast.rz_whole.shortcut.straight.quick(x) is not None, "and settled anew"
 
 
 def test_what_is_compiled_reads_the_numbers_of_the_last_eager_call():
@@ -275,7 +275,7 @@ def test_a_settled_call_takes_no_other_inputs():
     fast = rz.swap(rz.RewardMLP(17, 6).requires_grad_(False), rz.Int8())
     state, action = torch.randn(5, 17), torch.randn(5, 6)
     y = fast(state, action)
-    assert fast.net.whole.shortcut.straight.calls
+    assert fast.net.rz_whole.shortcut.straight.calls
     for s, a in (
         (state.half(), action.half()),
         (state.t().contiguous().t(), action.t().contiguous().t()),
@@ -307,16 +307,16 @@ def test_refresh_packs_in_place():
     fast = rz.swap(model, rz.Int8())
     x = torch.randn(5, 17), torch.randn(5, 6)
     fast(*x)
-    (packed,) = fast.net.chains[0].packed.values()
+    (packed,) = fast.net.rz_chains[0].packed.values()
     addresses = packed.weights.data_ptr(), packed.params.data_ptr()
     for p in model.parameters():
         p.mul_(1.5)
     rz.refresh(fast, model)
-    (again,) = fast.net.chains[0].packed.values()
+    (again,) = fast.net.rz_chains[0].packed.values()
     assert (again.weights.data_ptr(), again.params.data_ptr()) == addresses, "a captured graph reads these"
     anew = rz.swap(model, rz.Int8())
     anew(*x)
-    (expected,) = anew.net.chains[0].packed.values()
+    (expected,) = anew.net.rz_chains[0].packed.values()
     # before any call of the model: a graph's replay makes none
     assert torch.equal(again.weights, expected.weights)
     assert torch.equal(again.params, expected.params)
@@ -364,7 +364,7 @@ def test_compile_and_export():
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 def test_a_wide_head_in_one_launch_is_its_two_layers(activation):
     fast = rz.swap(mlp(300, 512, 1, activation=activation), rz.Int8())
-    (chain,) = fast.chains
+    (chain,) = fast.rz_chains
     assert chain.op == "reward_head"
     x = torch.randn(5, 300)
     alike(fast, x)
@@ -387,3 +387,28 @@ def test_a_layer_norm_at_the_end_stays_outside(widths, rows):
     x = torch.randn(5, 10)
     for _ in range(2):
         assert (fast(x) - model(x)).norm() < 0.1 * model(x).norm()
+
+
+def test_written_scales_reach_what_is_exported_and_compiled():
+    fast, x = rz.swap(mlp(6, 16, 16, 1).requires_grad_(False), rz.Int8()), torch.randn(5, 6)
+    for _ in range(2):
+        fast(x)
+    fast[0].scale.mul_(2)
+    with torch.no_grad():
+        fast[4].bias.add_(1)
+    expected = fast(x)
+    torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.compile(fast, backend="aot_eager")(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_refresh_after_inference_mode():
+    model, x = mlp(6, 16, 16, 1).requires_grad_(False), torch.randn(5, 6)
+    fast = rz.swap(model, rz.Int8())
+    with torch.inference_mode():
+        fast(x)
+    other = mlp(6, 16, 16, 1).requires_grad_(False)
+    rz.refresh(fast, other)
+    torch.testing.assert_close(fast(x), rz.swap(other, rz.Int8())(x))
+    half = x.half().requires_grad_()
+    (gradient,) = torch.autograd.grad(fast(half).sum(), half)
+    assert gradient.isfinite().all()

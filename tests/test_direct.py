@@ -107,7 +107,7 @@ def test_one_rank_settled_by_another_call_does_not_answer_for_this_one():
     inputs = rows(2, 3)
     for squeeze in (None, 2):
         fast = rz.swap(Net(1, squeeze).requires_grad_(False), INT8X8)
-        type(fast.net).whole(*inputs)  # settles the last dimension of three
+        type(fast.net).rz_whole(*inputs)  # settles the last dimension of three
         with pytest.raises(RuntimeError):
             fast(*inputs)
     fast = rz.swap(Net(1, None).requires_grad_(False), INT8X8)
@@ -214,4 +214,4 @@ def test_settled_shapes_are_forgotten_together():
     fast = rz.swap(Net(-1, -1).requires_grad_(False), INT8X8)
     for n in range(1, 200):
         assert fast(*rows(n)).shape == (n,)
-        assert len(fast.net.whole.shortcut.flat.calls) <= 64
+        assert len(fast.net.rz_whole.shortcut.flat.calls) <= 64

@@ -303,3 +303,53 @@ def test_members_that_are_called_in_different_ways_run_their_own_code():
     deep = torch.randn(4, 9, 17), torch.randn(4, 9, 6)
     with pytest.raises(RuntimeError):  # the second cannot join them
         fused(*deep)
+
+
+@pytest.mark.parametrize("make", [lambda: rz.RewardMLP(17, 6, (32, 32)), lambda: mlp(23, 20, 20, 1)])
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Fused()])
+def test_members_that_come_and_go(make, config):
+    fused = rz.fuse_ensemble(nets(3, make), config)
+    x = inputs() if isinstance(fused.members[0], rz.RewardMLP) else (torch.randn(9, 23),)
+    other = rz.swap(make().requires_grad_(False), config)
+
+    def right():
+        for _ in range(2):
+            torch.testing.assert_close(fused(*x), torch.stack([m(*x) for m in fused.members]), rtol=1e-4, atol=1e-5)
+
+    right()
+    fused.members[0] = other
+    right()
+    fused.members.append(rz.swap(make().requires_grad_(False), config))
+    right()
+    del fused.members[1]
+    right()
+    fused.members[0], fused.members[1] = fused.members[1], fused.members[0]
+    right()
+    if isinstance(other, rz.RewardMLP):
+        fused.members[1].net = rz.swap(make().requires_grad_(False), config).net
+        right()
+
+
+def test_members_after_inference_mode():
+    fused, x = rz.fuse_ensemble(nets(2)), inputs()
+    with torch.inference_mode():
+        fused(*x)
+    other = rz.fuse_ensemble(nets(2))
+    fused.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fused(*x), other(*x))
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Fused()])
+def test_compiled_whole(config):
+    fused, x = rz.fuse_ensemble(nets(2), config), inputs()
+    for _ in range(2):
+        expected = fused(*x)
+    torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend="aot_eager")(*x), expected)
+
+
+def test_a_member_of_another_type_is_refused_as_by_torch():
+    fused, x = rz.fuse_ensemble(nets(2, lambda: mlp(23, 20, 1)), rz.Fused()), torch.randn(9, 23)
+    fused(x)
+    fused.members[1].half()
+    with pytest.raises(RuntimeError, match="dtype"):
+        fused(x)

@@ -25,7 +25,9 @@ def settled(fast, *inputs):
     with torch.no_grad():
         for _ in range(3):
             y = fast(*inputs)
-    routes = [route for m in fast.modules() for c in getattr(type(m), "chains", []) for route in [c.shortcut.straight]]
+    routes = [
+        route for m in fast.modules() for c in getattr(type(m), "rz_chains", []) for route in [c.shortcut.straight]
+    ]
     assert any(route.calls.get(inputs[0].shape) for route in routes), "what is tested is the one call"
     return y
 
@@ -77,7 +79,7 @@ def test_numbers_that_keep_changing_are_not_packed(monkeypatch):
     fast, x = rz.swap(model, rz.Fused()), torch.randn(4, 6)
     settled(fast, x)
     packed = []
-    chain = fast.chains[0]
+    chain = fast.rz_chains[0]
     numbers = chain.shortcut.numbers
     monkeypatch.setattr(chain.shortcut, "numbers", lambda: packed.append(1) or numbers())
     for _ in range(4):
@@ -156,7 +158,7 @@ def test_16_bit_rows_are_read_as_they_are(dtype, config, rows):
             y = fast(*x)
         assert y.dtype == dtype
         assert torch.equal(y, wide(*[i.float() for i in x]).to(dtype))
-        chain = type(fast.net).chains[0]
+        chain = type(fast.net).rz_chains[0]
         if rows:
             assert chain.shortcut.flat.quick(*x) is not None, "what is tested is the one call"
 
@@ -188,7 +190,7 @@ def test_16_bit_models_learn_as_before():
 def test_much_bfloat16_is_left_to_torch(monkeypatch):
     model = mlp(6, 256, 256, 1).bfloat16().requires_grad_(False)
     fast, exact = rz.swap(model, rz.Fused()), rz.swap(copy.deepcopy(model).float(), rz.Fused())
-    (chain,) = type(fast).chains
+    (chain,) = type(fast).rz_chains
     rows, seen, linear = (1 << 23) // chain.weights, [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append(self) or linear(self, x))
     for count, alone in ((rows - 1, False), (rows + 1, True)):
@@ -243,3 +245,78 @@ def test_lent_numbers_before_any_others():
     for _ in range(2):
         torch.testing.assert_close(torch.func.functional_call(fast, lent, x), expected)
     torch.testing.assert_close(fast(x), model(x))
+
+
+def test_data_that_comes_to_lie_where_other_data_lay():
+    model = mlp(6, 16, 16, 1).requires_grad_(False)
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(5, 6)
+    for _ in range(30):
+        settled(fast, x)
+        for _ in range(2):
+            fast[2].weight.data = torch.randn(16, 16)
+        torch.testing.assert_close(fast(x), rz.restore(fast)(x))
+
+
+@pytest.mark.parametrize("name", ["form", "dense", "whole", "fused", "chains"])
+def test_an_author_s_names_are_the_author_s(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, mlp(6, 8, 1))
+
+        def forward(self, x):
+            return 2 * getattr(self, name)(x).relu()
+
+    model, x = Net().requires_grad_(False), torch.randn(5, 6)
+    for config in (rz.Fused(), rz.Int8()):
+        fast = rz.swap(model, config)
+        assert getattr(fast, name) is dict(fast.named_children())[name]
+        torch.testing.assert_close(fast(x), model(x), rtol=0.05, atol=0.05)
+
+
+def test_autocast_is_torch_s():
+    model = mlp(6, 16, 1).requires_grad_(False)
+    fast, x = rz.swap(model, rz.Fused()), torch.randn(5, 6)
+    settled(fast, x)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(x).dtype == model(x).dtype == torch.bfloat16
+        assert fast(x).dtype == torch.float32
+
+
+def test_rows_of_another_type_that_want_a_gradient_are_refused_too():
+    fast = rz.swap(mlp(6, 16, 1).bfloat16().requires_grad_(False), rz.Fused())
+    with pytest.raises(RuntimeError, match="dtype"):
+        fast(torch.randn(5, 6, requires_grad=True))
+
+
+def test_without_a_compiler(monkeypatch):
+    from rewardzip_kernels.fused_mlp import fused_mlp_reference
+
+    monkeypatch.setitem(loading._found, ("cpu", "fused_mlp"), fused_mlp_reference)
+    for dtype in (torch.float32, torch.float16):
+        model = mlp(6, 16, 1).to(dtype).requires_grad_(False)
+        fast, x = rz.swap(model, rz.Fused()), torch.randn(5, 6).to(dtype)
+        for _ in range(2):
+            assert torch.equal(fast(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode asks for it
+@pytest.mark.parametrize("config", [rz.Fused(), rz.Int8()])
+def test_forward_mode(config):
+    """As torch has it where nothing is compressed; refused, and not zero, where the ops stand in between."""
+    model = mlp(6, 16, 1).requires_grad_(False)
+    fast, x, v = rz.swap(model, config), torch.randn(5, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        fast(x)
+
+    def dual(net):
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, v))).tangent
+
+    for way in (dual, lambda net: torch.func.jvp(net, (x,), (v,))[1]):
+        if config == rz.Fused():
+            torch.testing.assert_close(way(fast), way(model))
+        else:
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                way(fast)

@@ -150,7 +150,7 @@ def forget(fast):
     for m in fast.modules():
         if isinstance(m, rz.nn.CompressedLinear):
             m._changed()
-        for chain in getattr(type(m), "chains", []):
+        for chain in getattr(type(m), "rz_chains", []):
             chain.shortcut.forget(0)
     if hasattr(fast, "launch"):
         fast.launch.shortcut.forget(0)
@@ -213,7 +213,7 @@ def test_a_settled_call_sees_new_numbers_where_the_old_ones_were(case):
     layer.scale.mul_(2)
     fast(*inputs)
     assert runs(*inputs)[1] == before
-    packed = next((c for m in fast.modules() for c in getattr(type(m), "chains", []) if c.packed), None)
+    packed = next((c for m in fast.modules() for c in getattr(type(m), "rz_chains", []) if c.packed), None)
     if hasattr(fast, "launch"):
         params = fast.launch.packed[widths][2]
     elif packed is None:
@@ -225,22 +225,52 @@ def test_a_settled_call_sees_new_numbers_where_the_old_ones_were(case):
 
 def test_settled_calls_of_16_bit_rows(recorded):
     """Modules on a CPU do not ask for them."""
-    from rewardzip_kernels.gpu.fused_mlp import Network
+    from rewardzip_kernels.gpu.fused_mlp import Network, fused_mlp
     from rewardzip_kernels.gpu.int8_linear import int8_linear
 
-    (chain,) = type(rz.swap(dense(16, 32, 4), rz.Int8())).chains
+    (chain,) = type(rz.swap(dense(16, 32, 4), rz.Int8())).rz_chains
     layer = rz.nn.Int8Linear.from_linear(nn.Linear(16, 4))
     x = torch.randn(6, 16).half()
-    for settle, y_at in (
-        (lambda: Network(*chain.flat((16,)), chain.describe((16,)), None, "none", None).bound([x]), 0),
-        (lambda: int8_linear.settled(layer.int8_weight, layer.scale, layer.fp32_bias, "relu", None, x), 5),
+    numbers = layer.int8_weight, layer.scale, layer.fp32_bias, "relu"
+    network = Network(*chain.flat((16,)), chain.describe((16,)), None, "none", None)
+    for whole, settle, y_at in (
+        (lambda: fused_mlp([x], *network.arguments), lambda: network.bound([x]), 0),
+        (lambda: int8_linear(x, *numbers), lambda: int8_linear.settled(*numbers, None, x), 5),
     ):
-        settle()  # compiles
+        whole()  # compiles
+        whole()
+        first = launched(recorded[-1].runs[-1], y_at)
         call = settle()
-        whole = launched(recorded[-1].runs[-1], y_at)
         y = call(x)
-        assert launched(recorded[-1].runs[-1], y_at) == whole
-        assert len(recorded[-1].runs) == 2
+        assert launched(recorded[-1].runs[-1], y_at) == first
         assert (y.shape, y.dtype) == ((6, 4), torch.float16)
         assert call(x.float()) is None
         assert call(x.bfloat16()) is None
+
+
+def test_what_the_op_refuses_is_not_launched(on_gpu_kernels):
+    fast = CASES["two inputs"][0]()
+    with pytest.raises(ValueError, match="input 1 has shape"):
+        fast(torch.randn(6, 5), torch.randn(2, 3))
+    with pytest.raises(TypeError):
+        fast(torch.randn(6, 5).double(), torch.randn(6, 3).double())
+    assert not on_gpu_kernels
+    wide, x = CASES["one input"][0](), torch.randn(6, 16)
+    wide(x)
+
+
+def test_a_layer_that_cannot_be_settled_is_launched_once(case, on_gpu_kernels, monkeypatch):
+    fast, widths, runs = case
+    if not isinstance(fast, rz.nn.Int8Linear):
+        return
+    store = torch.zeros(1000)
+    off = store[1 : 1 + 6 * widths[0]].view(6, widths[0])
+    for _ in range(3):
+        fast(off)
+    assert len(runs(off)[1]) == 1
+    dense = torch.zeros(6, widths[0])
+    for _ in range(3):
+        fast(dense)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    assert len(runs(dense)[1]) == 1

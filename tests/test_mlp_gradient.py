@@ -202,7 +202,7 @@ class Reward(nn.Module):
 def test_through_a_model(config, monkeypatch):
     fast = rz.swap(Reward().requires_grad_(False), config)
     same = rz.restore(fast).requires_grad_(False)
-    monkeypatch.setattr(fast.net.whole.guided, "dense", None)  # the kernel, or an error
+    monkeypatch.setattr(fast.net.rz_whole.guided, "dense", None)  # the kernel, or an error
     # rounding rows moves the point at which the slope is taken
     close = {"rtol": 0.05, "atol": 0.01} if config == rz.Int8(activations="dynamic") else {"rtol": 1e-4, "atol": 1e-5}
     state, action = torch.randn(2, 5, 17), torch.randn(2, 5, 6)
@@ -261,7 +261,7 @@ def test_through_a_model_on_a_gpu(config, activation, gpus_way, monkeypatch):
     same = rz.restore(fast).requires_grad_(False)
     by_kernel = activation is nn.ELU and config.activations is None
     if by_kernel:
-        monkeypatch.setattr(fast.net.whole.guided, "dense", None)
+        monkeypatch.setattr(fast.net.rz_whole.guided, "dense", None)
     inputs = [torch.randn(2, 5, k, device=gpus_way, requires_grad=True) for k in (17, 6)]
     for _ in range(2):
         y = fast(*inputs)
@@ -326,3 +326,19 @@ def test_rounded_rows_give_the_launchs_output(names):
     made = network([random_networks((7, 5, 9, 1), torch.int8)], f"7: {described}", None, "none", torch.int8)
     x = 0.01 * torch.randn(20, 7)
     assert torch.equal(made.gradient()([x])[0], made.bound([x])(x)[:, 0])
+
+
+@pytest.mark.parametrize("config", [rz.Fused(), rz.Int8()])
+def test_an_input_that_was_computed_from_another(config):
+    """As an actor's action is from the state, with the graph kept."""
+    torch.manual_seed(0)
+    fast = rz.swap(Reward().requires_grad_(False), config)
+    same, actor = rz.restore(fast).requires_grad_(False), nn.Linear(17, 6)
+    for net in (same, fast):
+        state = torch.ones(3, 17, requires_grad=True)
+        (first,) = torch.autograd.grad(net(state, actor(state)).sum(), state, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), actor.weight)[0]
+        if net is same:
+            expected = first, second
+    torch.testing.assert_close(first, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, expected[1], rtol=1e-4, atol=1e-5)

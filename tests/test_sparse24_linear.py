@@ -283,7 +283,7 @@ def test_layer(options, bias, tmp_path):
     model = nn.Sequential(layer, nn.ReLU())
     expected = model(x)
     fuse_forwards(model)
-    assert type(model).fused == {"0": "relu"}
+    assert type(model).rz_fused == {"0": "relu"}
     assert torch.equal(model(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), expected)
     rz.save(model, tmp_path / "saved")

@@ -162,7 +162,7 @@ def chained(gone, hidden=(256, 256)):
 def test_a_pruned_layer_stays_in_the_call_while_rows_are_few(activations, hidden, monkeypatch):
     model, calls = chained(0.8, hidden), []
     fast = rz.swap(model, rz.Int8(activations=activations))
-    layer, (chain,) = fast.net[2], type(fast.net).chains
+    layer, (chain,) = fast.net[2], type(fast.net).rz_chains
     assert (type(layer), type(chain)) == (BlockSparseLinear, Pruned)
     few = FEW[activations or "float"] // (23 * hidden[0] + hidden[0] * hidden[1] + hidden[1])
     assert few == chain.few > 10
@@ -191,12 +191,12 @@ def test_which_layers_stay_in_one_call():
     # where a last layer rounds its rows, it would round them in one of the two ways only
     last = rz.swap(chained(0.8), rz.Int8(activations="dynamic", scalar_outputs=True))
     assert type(last.net[2]) is BlockSparseLinear
-    assert not any(type(chain) is Pruned for chain in getattr(type(last.net), "chains", []))
+    assert not any(type(chain) is Pruned for chain in getattr(type(last.net), "rz_chains", []))
     # more weights than one call takes: those in front of the blocks still go together
     front = [part for k, n in ((20, 300), (300, 300), (300, 900)) for part in (nn.Linear(k, n), nn.ReLU())]
     fast = swapped(nn.Sequential(*front, linear("block", 900, 900, 0.9), nn.ReLU(), nn.Linear(900, 1)).eval())
     assert [type(m) for m in packed(fast).values()] == [Int8Linear] * 3 + [BlockSparseLinear]
-    assert [(type(chain), len(chain.steps)) for chain in type(fast).chains] == [(Wide, 3), (Pruned, 2)]
+    assert [(type(chain), len(chain.steps)) for chain in type(fast).rz_chains] == [(Wide, 3), (Pruned, 2)]
 
 
 def test_an_ensemble_of_pruned_models_is_one_launch():

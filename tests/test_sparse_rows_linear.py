@@ -241,7 +241,7 @@ def test_layer(values, bias, tmp_path):
     model = nn.Sequential(layer, nn.Tanh())
     expected = model(x)
     fuse_forwards(model)
-    assert type(model).fused == {"0": "tanh"}
+    assert type(model).rz_fused == {"0": "tanh"}
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     rz.save(model, tmp_path / "saved")

@@ -21,6 +21,7 @@ int8, for int8 weights, rounds every row anew before each hidden layer by ``quan
     h = act(norm((q @ weight^T) * (row_scale * scale) + bias))      a row that holds an inf or a NaN becomes NaN
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -272,8 +273,8 @@ def fused_mlp(
 def network(
     networks: list[list[Linear]], layers: str, members: int | None, reduce: str, compute_dtype: torch.dtype
 ) -> Any:
-    """The CPU's form of these layers, of any width: ``bound(inputs)`` gives a function of inputs such as these,
-    ``live`` is what it reads where it lies. None where they are not on a CPU, or its implementation has none.
+    """The CPU's form of these layers, of any width: ``bound(inputs)`` gives a function of inputs such as these. None
+    where they are not on a CPU, or its implementation has none.
 
     It is for eager calls that nobody listens to, and does not notice changes of the other tensors.
     """
@@ -294,9 +295,14 @@ def network(
 
 
 def packed_network(
-    weights: Tensor, params: Tensor, layers: str, members: int | None, reduce: str, compute_dtype: torch.dtype | None
+    packed: Callable[[], tuple[Tensor, Tensor]],
+    device: torch.device,
+    layers: str,
+    members: int | None,
+    reduce: str,
+    compute_dtype: torch.dtype | None,
 ) -> Any:
-    """As ``network``, of packed tensors that are read where they lie: a GPU's form, and None elsewhere."""
-    device = "cpu" if weights.is_cpu else "gpu"
-    make = getattr(implementation(device, "fused_mlp", fused_mlp_reference), "packed_network", None)
-    return make and make(weights, params, layers, members, reduce, compute_dtype)
+    """As ``network``, of the packed tensors, which are read where they lie: a GPU's form, and None elsewhere."""
+    found = implementation("cpu" if device.type == "cpu" else "gpu", "fused_mlp", fused_mlp_reference)
+    make = getattr(found, "packed_network", None)
+    return make and make(*packed(), layers, members, reduce, compute_dtype)

@@ -18,6 +18,7 @@ library = torch.library.Library("rewardzip", "DEF")
 Function = Callable[..., Any]
 
 modes = torch._C._len_torch_dispatch_stack
+forward_mode = torch.autograd.forward_ad
 transforms = torch._C._functorch.peek_interpreter_stack
 tracing = torch._C._get_tracing_state
 
@@ -31,7 +32,7 @@ def nobody_listens(x: Any) -> bool:
         for tensor in x if type(x) in (list, tuple) else (x,):
             if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
                 return False
-    return not modes() and transforms() is None and tracing() is None
+    return not modes() and transforms() is None and tracing() is None and forward_mode._current_level < 0
 
 
 def register(
@@ -67,7 +68,10 @@ def register(
 
     def call(*args: Any) -> Any:
         x = args[0]
-        if torch.compiler.is_compiling() or not nobody_listens(x):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if not nobody_listens(x):
+            refuse_forward_mode(name)
             return op(*args)
         if type(x) is list:
             x = x[0] if x else args[1]
@@ -76,6 +80,16 @@ def register(
         return cpu(*args) if x.is_cpu else op(*args)
 
     return call
+
+
+def refuse_forward_mode(name: str) -> None:
+    """The ops have no forward-mode derivative, and torch would take a silent zero for it."""
+    above = transforms()
+    if forward_mode._current_level >= 0 or (above is not None and above.key() == torch._C._functorch.TransformType.Jvp):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd, dual numbers): take torch.func.grad, vjp or jacrev, "
+            "or rz.restore the model"
+        )
 
 
 def _rowwise(op: Any) -> Function:

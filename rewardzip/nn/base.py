@@ -69,7 +69,8 @@ class CompressedLinear(nn.Module):
         y = self.compute(input, activation)
         fits = input.is_cuda or (input.is_cpu and input.dtype == torch.float32)
         if fits and not is_compiling() and nobody_listens(input):
-            call = self.settle(input, activation)
+            # on a GPU what has refused these rows refuses for good; on a CPU it may have seen a weight written
+            call = self.settle(input, activation) if call is None or input.is_cpu else None
             others = self.settled if len(self.settled) < SHAPES_KEPT else {}
             if call is not None:
                 self.__dict__["settled"] = {**others, (input.shape, activation): self.guarded(call)}

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import dense_rows
-from ..fused_mlp import compute_type, fused_mlp_reference, new_output
+from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output
 from ..mlp_layout import Layout, layout
 from ..written import function
 from . import tiles
@@ -274,8 +274,6 @@ def _prepare(
 class Network:
     """Packed networks, read where they lie."""
 
-    live: tuple[Tensor, ...] = ()
-
     def __init__(
         self,
         weights: Tensor,
@@ -300,6 +298,7 @@ class Network:
         """
         if self.compute == torch.int8 or inputs[0].numel() == 0 or not all(x.is_contiguous() for x in inputs):
             return None
+        _check(inputs, *self.arguments, self.compute)
         y = fused_mlp(inputs, *self.arguments, self.compute)
         if y.dtype != inputs[0].dtype or (flat and (y.shape[-1] > 1 or y.dim() == 1)):
             return None

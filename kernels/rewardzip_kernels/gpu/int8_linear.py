@@ -260,22 +260,25 @@ def _settled(
     x_scale: Tensor | None,
     like: Tensor,
 ) -> Callable[[Tensor], Tensor | None] | None:
-    """The launch for inputs of this shape and type, all else looked up already; None where it takes two.
+    """The launch for inputs of this shape and type, all else looked up already; None where it takes two, or where
+    no launch of such inputs was compiled yet.
 
-    It gives None for other inputs. The tensors are read where they lie. Launches once, to have it compiled.
+    It gives None for other inputs. The tensors are read where they lie.
     """
     (n, k), m = weight.shape, like.shape[:-1].numel()
-    if m == 0 or like.shape[-1] != k or not like.is_contiguous() or not weight.is_contiguous():
+    dense = like.is_contiguous() and weight.is_contiguous() and aligned(like, weight, scale, bias) is True
+    if m == 0 or like.shape[-1] != k or not dense:
         return None
     dtype, device = like.dtype, like.get_device()
     p = plan(m, n, k, like.element_size(), 1, dtype, activation, device)
     if p.split_k > 1:
         return None
-    y, x = int8_linear(like, weight, scale, bias, activation), dense_rows(like)
-    go = settled(p.kernel, p.grid, _key(x, weight, scale, bias, None, y, p), like.device)
-    if go is None or aligned(x, weight, scale, bias, y) is not True:
+    # what is allocated anew is aligned
+    key = (dtype, weight.dtype, dtype, True, bias is None, n, k, k, p.variant)
+    go = settled(p.kernel, p.grid, key, like.device)
+    if go is None or ((like.dim() == 1 or m == 1) and dense_rows(like).stride(0) != k):
         return None
-    shape, sizes = y.shape, (m, n, k, x.stride(0), *p.constants)
+    shape, sizes = (*like.shape[:-1], n), (m, n, k, k, *p.constants)
 
     def call(x: Tensor) -> Tensor | None:
         if x.dtype is not dtype or x.get_device() != device or not x.is_contiguous() or x.data_ptr() & 15:
