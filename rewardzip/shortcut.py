@@ -115,7 +115,8 @@ class Shortcut:
             return
         calls[x.shape], flat[x.shape] = made
         if self.straight.quick is _nothing_settled:
-            changed = watch.changed()
+            # asking costs more than a row's arithmetic: not after scales and biases, which are read where they lie
+            changed = watch.changed({id(t) for t in found.live if not isinstance(t, nn.Parameter)})
             self.straight.quick, self.flat.quick = (self.guarded(table.get, watch, changed) for table in (calls, flat))
 
     def guarded(self, find: Callable[[torch.Size], Any], watch: Watch, changed: str) -> Quick:

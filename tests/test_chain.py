@@ -389,13 +389,14 @@ def test_a_layer_norm_at_the_end_stays_outside(widths, rows):
         assert (fast(x) - model(x)).norm() < 0.1 * model(x).norm()
 
 
-def test_written_scales_reach_what_is_exported_and_compiled():
+def test_written_numbers_reach_what_is_exported_and_compiled(tmp_path):
     fast, x = rz.swap(mlp(6, 16, 16, 1).requires_grad_(False), rz.Int8()), torch.randn(5, 6)
     for _ in range(2):
         fast(x)
     fast[0].scale.mul_(2)
+    rz.export(fast, tmp_path / "scaled.pt2", (x,))  # which compares
     with torch.no_grad():
-        fast[4].bias.add_(1)
+        fast[4].weight.mul_(2)
     expected = fast(x)
     torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.compile(fast, backend="aot_eager")(x), expected, rtol=1e-3, atol=1e-3)

@@ -5,7 +5,7 @@ The questions are written out as source, see ``rewardzip_kernels.written``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ class Watch:
                 if tensor is not None and not tensor.is_inference():
                     self.versions[name] = tensor._version
 
-    def changed(self) -> str:
-        """An expression over ``names``."""
-        counted = self.versions
+    def changed(self, live: Set[int] = frozenset()) -> str:
+        """An expression over ``names``; what is written to the tensors of these ids is no change."""
+        counted = {name: count for name, count in self.versions.items() if id(self.names[name]) not in live}
         # numbers go by names: the source stays the same when they change, and is compiled once
         total = f"versions_of_{len(counted)}"
         self.names[total] = sum(counted.values())

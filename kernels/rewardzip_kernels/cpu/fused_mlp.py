@@ -71,7 +71,7 @@ class Network:
     """One MLP, or several of a shape, as the kernel reads them; ``run`` is None where it cannot be compiled.
 
     Hidden weights are packed. The fp32 tensors are read where they lie if they are dense and as long as the kernel
-    reads, and their memory is held.
+    reads, and are then in ``live``: what is written there later, the kernel sees.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Network:
         self.work = len(networks) * sum(layer.width * sum(layer.pieces) for layer in net)
         self.parallel_work = self.kind.parallel_work
         self.address = struct.Struct("qq" * len(self.pieces)).pack
+        self.live: list[Tensor] = []
         self.copies: list[Tensor] = []
         # the last layer's rows are stored with each input on a multiple of 16, the packed ones without gaps
         spread = padded if len(net) == 1 else int
@@ -133,6 +134,7 @@ class Network:
         if tensor is None:
             return 0
         if tensor.dtype is FLOAT and tensor.is_contiguous() and tensor.shape[-1] % quantum == 0:
+            self.live.append(tensor)
             self.copies.append(tensor.detach())  # its memory, should it be given other
             return tensor.data_ptr()
         self.copies.append(torch.nn.functional.pad(tensor.detach().float(), (0, -tensor.shape[-1] % 16)).contiguous())
@@ -263,6 +265,8 @@ class Plan(Network):
     ):
         networks = unpack(weights, params, layers, members or 1, padding=True)
         super().__init__(networks, layout(layers, weights.dtype == torch.int8), members, reduce, compute, isa)
+        # views of params: they would keep it alive
+        self.live = []
         self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
         self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
         self.version = None if weights.is_inference() else weights._version

@@ -272,7 +272,9 @@ def _prepare(
 
 
 class Network:
-    """Packed networks, read where they lie."""
+    """Packed networks, read where they lie: the layers' own tensors are not."""
+
+    live: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
