@@ -298,7 +298,9 @@ class Network:
 
         ``flat``: the one output of a row has no dimension of its own. Launches once, to have it compiled.
         """
-        if self.compute == torch.int8 or inputs[0].numel() == 0 or not all(x.is_contiguous() for x in inputs):
+        # one test of the inputs' addresses stands for all
+        dense = all(x.is_contiguous() for x in inputs) and aligned(*inputs, *self.arguments[:2]) is True
+        if self.compute == torch.int8 or inputs[0].numel() == 0 or not dense:
             return None
         _check(inputs, *self.arguments, self.compute)
         y = fused_mlp(inputs, *self.arguments, self.compute)
@@ -307,8 +309,7 @@ class Network:
         xs = tuple([dense_rows(x) for x in inputs])
         p = _prepare(y, xs, *self.arguments, compute_type(inputs, self.arguments[0], self.compute), None)
         go = settled(_fused_mlp_kernel, p.grid, p.key, y.device)
-        # one test of the inputs' addresses stands for all
-        if go is None or aligned(y, *xs, *self.arguments[:2]) is not True:
+        if go is None:
             return None
         names = [f"x{i}" for i in range(len(inputs))]
         other = [f"{x}.shape != {x}_shape" for x in names[1:]]
