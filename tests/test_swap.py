@@ -548,7 +548,7 @@ def test_static_scales():
     with pytest.raises(ValueError, match="never reach layer '0'"):
         rz.swap(model, rz.Int8("static"), torch.randn(0, 4))
     with pytest.raises(ValueError, match="largest input magnitude"):
-        rz.swap(model, rz.Int8("static"), torch.zeros(2, 4))
+        Int8Linear.from_linear(model[0], rows="static")
     unused = nn.Sequential(nn.Linear(4, 4))
     unused[0].spare = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"never reach layer '0\.spare'"):

@@ -288,10 +288,11 @@ def _plan(
 ) -> Plan:
     key = (id(weights), layers, members, reduce, compute, isa)
 
-    def gone(reference: Any) -> None:
-        now = _plans.get(key)
+    # by name: when the interpreter ends, this module's own may be gone before the tensor
+    def gone(reference: Any, plans: dict[Any, Any] = _plans) -> None:
+        now = plans.get(key)
         if now is not None and reference in (now.weights, now.params):
-            del _plans[key]
+            del plans[key]
 
     with torch.no_grad():
         made_of = compute or (torch.float16 if weights.dtype == torch.int8 else weights.dtype)

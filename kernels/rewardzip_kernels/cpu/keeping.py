@@ -30,10 +30,11 @@ def kept(make: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any) -> A
     if found is not None and all(map(_unchanged, tensors, found[0])):
         return found[1]
 
-    def gone(reference: Any) -> None:
-        now = _kept.get(key)
+    # by name: when the interpreter ends, this module's own may be gone before the tensor
+    def gone(reference: Any, entries: dict[Any, Any] = _kept) -> None:
+        now = entries.get(key)
         if now is not None and any(source[0] is reference for source in now[0]):
-            del _kept[key]
+            del entries[key]
 
     def source(tensor: Tensor) -> _Source:
         if tensor.is_inference():

@@ -66,10 +66,11 @@ def packed(weight: Tensor) -> Packed:
     if kept is not None and kept.holds(weight):
         return kept
 
-    def gone(reference: weakref.ref[Tensor]) -> None:
-        now = _kept.get(key)
+    # by name: when the interpreter ends, this module's own may be gone before the tensor
+    def gone(reference: weakref.ref[Tensor], entries: dict[int, Packed] = _kept) -> None:
+        now = entries.get(key)
         if now is not None and now.tensor is reference:
-            del _kept[key]
+            del entries[key]
 
     with torch.no_grad():
         _kept[key] = new = Packed(weight, gone)
