@@ -41,7 +41,8 @@ for part in $parts; do
       step linear 60 "$python" benchmarks/linear.py --quick --no-compile --out "$out"
       step models 60 "$python" benchmarks/models.py --quick --no-compile --out "$out"
     else
-      step models 80 "$python" benchmarks/models.py --rows 1 16 256 4096 65536 1048576 --no-compile --out "$out"
+      rows="1 16 256 4096 65536 1048576 16777216" # the last for the small nets alone
+      step models 80 "$python" benchmarks/models.py --rows $rows --seconds 0.3 --no-compile --out "$out"
       step linear 40 "$python" benchmarks/linear.py --no-compile --out "$out"
     fi
     ;;

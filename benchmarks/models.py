@@ -39,6 +39,8 @@ ROWS = (1, 32, 1024, 65536)
 
 # multiply-adds a call; on a CPU, cells beyond it would take minutes
 CPU_WORK = 1e11
+# bytes of a hidden layer in float64, which the check keeps several of; on a GPU, cells beyond it would fill the memory
+GPU_BYTES = 2e10
 
 # the largest relative error, in the norm, that still counts as the same function
 TOLERANCE = 0.05
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--out", type=Path, help="folder for models.json")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs torch.compile")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for a cell")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -142,6 +145,8 @@ def main() -> None:
             weights = sum(p.numel() for p in model.parameters())
             if device == "cpu" and rows * weights > CPU_WORK:
                 continue
+            if device == "cuda" and 8 * rows * max(sum(sizes), *hidden) > GPU_BYTES:
+                continue
             inputs = tuple(torch.randn(rows, k, device=device) for k in sizes)
             # one row's error says little: the check takes many
             many = tuple(torch.randn(max(rows, 256), k, device=device) for k in sizes)
@@ -155,7 +160,7 @@ def main() -> None:
                         print(f"  {provider:28} wrong by {error:.2g}: not timed")
                         continue
                     calls[provider] = partial(call, *inputs)
-                taken = interleaved(calls, device, 0.2 if options.quick else 2.0)
+                taken = interleaved(calls, device, 0.2 if options.quick else options.seconds)
                 parts = {name: apart(call, device) for name, call in calls.items()} if device == "cuda" else {}
             for provider, t in taken.items():
                 least = work(provider, model, inputs, t.p50, told["device"])
@@ -164,11 +169,11 @@ def main() -> None:
                 print(f"  {provider:28} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:6.2f}x  {speed}{share}")
                 cell = {"op": "model", "model": name, "rows": rows, "provider": provider}
                 written.append(cell | asdict(t) | parts.get(provider, {}) | least | told)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"models-{options.threads}-threads.json").write_text(
-            "\n".join(json.dumps(row) for row in written) + "\n"
-        )
+            if options.out:  # after every cell: whoever stops the run keeps what it has
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"models-{options.threads}-threads.json").write_text(
+                    "\n".join(json.dumps(row) for row in written) + "\n"
+                )
 
 
 if __name__ == "__main__":
