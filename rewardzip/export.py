@@ -162,9 +162,6 @@ def _pt2(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str,
     with torch.no_grad():
         # an MLP is packed for its one launch at the first call, and is traced as that from then on
         model(*inputs)
-        for module in model.modules():
-            for chain in getattr(type(module), "rz_chains", []):
-                chain.repack()
     program = _trace(model, inputs)
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()

@@ -41,8 +41,8 @@ class Shortcut:
         self, parts: list[nn.Module], numbers: Callable[[], list[list[Linear]]], members: int | None, reduce: str
     ) -> None:
         self.numbers, self.members, self.reduce = numbers, members, reduce
-        self.uncompressed = not any(isinstance(m, CompressedLinear) for m in parts)
         self.compressed = [m for m in parts if isinstance(m, CompressedLinear)]
+        self.uncompressed = not self.compressed
         # a dense layer's tables, not what is in them: a parameter may be replaced by another
         self.tables = [m._parameters for m in parts if not isinstance(m, CompressedLinear)]
         self.straight, self.flat = Route(), Route()

@@ -35,10 +35,9 @@ def interleaved(
     """Time each call, all of them in turn, for about ``seconds`` in all and at least 7 rounds.
 
     On a CPU a sample is a run of calls long enough for the clock; ``time.thread_time`` as the clock leaves out the time
-    that a busy machine gave to others, and all threads but this one. ``rest``: seconds before
-    each sample, and then one that does not count: the threads of one engine go on spinning when its call is done, on
-    the cores that the next one needs. On a GPU it is one call between two events, the L2
-    cache overwritten before it.
+    that a busy machine gave to others, and all threads but this one. ``rest``: seconds before each sample, and then one
+    that does not count: the threads of one engine go on spinning when its call is done, on the cores that the next one
+    needs. On a GPU it is one call between two events, the L2 cache overwritten before it.
     """
     gpu = torch.device(device).type == "cuda"
     sample = _gpu_sampler(torch.device(device)) if gpu else partial(_cpu_sample, clock)
