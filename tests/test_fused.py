@@ -320,3 +320,7 @@ def test_forward_mode(config):
         else:
             with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
                 way(fast)
+    with torch.autograd.forward_ad.dual_level():  # what has no tangent is no matter of it
+        torch.testing.assert_close(fast(x), fast(x.clone()))
+    _, tangent = torch.func.jvp(lambda v: v + fast(x).sum(), (v,), (x,))
+    assert torch.equal(tangent, x)

@@ -71,7 +71,7 @@ def register(
         if torch.compiler.is_compiling():
             return op(*args)
         if not nobody_listens(x):
-            refuse_forward_mode(name)
+            refuse_forward_mode(name, x)
             return op(*args)
         if type(x) is list:
             x = x[0] if x else args[1]
@@ -82,10 +82,14 @@ def register(
     return call
 
 
-def refuse_forward_mode(name: str) -> None:
+def refuse_forward_mode(name: str, x: Any) -> None:
     """The ops have no forward-mode derivative, and torch would take a silent zero for it."""
-    above = transforms()
-    if forward_mode._current_level >= 0 or (above is not None and above.key() == torch._C._functorch.TransformType.Jvp):
+    above, rows = transforms(), [t for t in (x if isinstance(x, list) else [x]) if isinstance(t, Tensor)]
+    if above is not None and above.key() == torch._C._functorch.TransformType.Jvp:
+        asked = any(torch._C._functorch.is_gradtrackingtensor(t) for t in rows)
+    else:
+        asked = forward_mode._current_level >= 0 and any(forward_mode.unpack_dual(t).tangent is not None for t in rows)
+    if asked:
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (jvp, jacfwd, dual numbers): take torch.func.grad, vjp or jacrev, "
             "or rz.restore the model"
