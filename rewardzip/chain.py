@@ -117,12 +117,13 @@ class Chain:
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
 
     def settled(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Of a plain call, which is the same from the first one on. On a CPU 16-bit rows are made fp32."""
+        """Of a plain call, the same from the first one on. On a CPU rows are made dense, and fp32 of 16 bits."""
         if is_compiling():
             return None
-        kind, rows = inputs[0].dtype, inputs
-        if inputs[0].is_cpu and kind in HALVES:
-            rows = tuple([x.float() for x in inputs])
+        rows = inputs
+        if inputs[0].is_cpu:
+            inputs = tuple([x.contiguous() for x in inputs])
+            rows = tuple([x.float() for x in inputs]) if inputs[0].dtype in HALVES else inputs
         widths = tuple([int(x.shape[-1]) for x in inputs])
         compute = compute_for(rows[0], self.compute_dtype)
         self.shortcut.settle(rows, self.describe(widths), compute, lambda: self.flat(widths))

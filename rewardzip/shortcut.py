@@ -116,7 +116,8 @@ class Shortcut:
         calls[x.shape], flat[x.shape] = made
         if self.straight.quick is _nothing_settled:
             # asking costs more than a row's arithmetic: not after scales and biases, which are read where they lie
-            changed = watch.changed({id(t) for t in found.live if not isinstance(t, nn.Parameter)})
+            live = {id(t) for t in found.live if not isinstance(t, nn.Parameter)}
+            changed = watch.changed_by(getattr(found, "changed", None), live)
             self.straight.quick, self.flat.quick = (self.guarded(table.get, watch, changed) for table in (calls, flat))
 
     def guarded(self, find: Callable[[torch.Size], Any], watch: Watch, changed: str) -> Quick:

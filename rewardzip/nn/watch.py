@@ -24,31 +24,47 @@ class Watch:
 
     def __init__(self, tables: Iterable[Table]) -> None:
         self.names: dict[str, Any] = {}
+        self.entries: list[tuple[Table, str, Tensor | None]] = []
         self.replaced: list[str] = []
-        self.moved: list[str] = []
+        self.moved: dict[str, str] = {}
         self.versions: dict[str, int] = {}
         for i, table in enumerate(tables):
             self.names[f"t{i}"] = table
             for j, (key, tensor) in enumerate(table.items()):
                 name = f"t{i}_{j}"
                 self.names[name] = tensor
+                self.entries.append((table, key, tensor))
                 self.replaced.append(f"t{i}.get({key!r}) is not {name}")
                 if isinstance(tensor, nn.Parameter):
                     self.names[f"{name}_at"] = tensor.data_ptr()
                     # held, or other data might come to lie where these lay
                     self.names[f"{name}_memory"] = tensor.detach()
-                    self.moved.append(f"{name}.data_ptr() != {name}_at")
+                    self.moved[name] = f"{name}.data_ptr() != {name}_at"
                 if tensor is not None and not tensor.is_inference():
                     self.versions[name] = tensor._version
 
     def changed(self, live: Set[int] = frozenset()) -> str:
         """An expression over ``names``; what is written to the tensors of these ids is no change."""
-        counted = {name: count for name, count in self.versions.items() if id(self.names[name]) not in live}
+        counted = self._counted(live)
         # numbers go by names: the source stays the same when they change, and is compiled once
         total = f"versions_of_{len(counted)}"
-        self.names[total] = sum(counted.values())
+        self.names[total] = sum(self.versions[name] for name in counted)
         written = [f"{' + '.join(f'{name}._version' for name in counted)} != {total}"] if counted else []
-        return " or ".join([*self.replaced, *self.moved, *written])
+        return " or ".join([*self.replaced, *self.moved.values(), *written])
+
+    def changed_by(self, ask: Callable[..., Callable[[], bool] | None] | None, live: Set[int]) -> str:
+        """``changed``, asked by the function that ``ask`` makes where it makes one."""
+        if ask is not None:
+            counted = self._counted(live)
+            version = sum(self.versions[name] for name in counted)
+            moved = [(self.names[name], self.names[f"{name}_at"]) for name in self.moved]
+            self.names["changed"] = ask(self.entries, [self.names[name] for name in counted], version, moved)
+            if self.names["changed"] is not None:
+                return "changed()"
+        return self.changed(live)
+
+    def _counted(self, live: Set[int]) -> list[str]:
+        return [name for name in self.versions if id(self.names[name]) not in live]
 
     def is_other(self) -> Callable[[], bool]:
         return self.function(f"def f(): return {self.changed()}")

@@ -22,6 +22,7 @@ from .block_tile import OUTPUTS, Wide, heights, interleave, piece_sums
 from .engine import kernel
 from .instruction_sets import choose
 from .pointers import f32, i32, i64, load, stack
+from .quick import settled_rows
 from .rows import take_rows
 from .sweep import finishing
 from .tile import PANEL, Float, Int8
@@ -196,19 +197,10 @@ def settled(
     run = layer.run
     if run is None or not 0 < m < layer.parallel_rows:
         return None
-    version, out = values._version + columns._version + starts._version, (*x.shape[:-1], n)
-    fixed, size, panels, scratch = (*layer.fixed, in_features), layer.size, layer.packed.count, threads.scratch
-
-    def call(x: Tensor, held: Any = layer.held) -> Tensor | None:
-        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
-            return None
-        if values._version + columns._version + starts._version != version:
-            return None
-        y = x.new_empty(*out)
-        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, panels)
-        return y
-
-    return call
+    weights, fixed = (values, columns, starts), (*layer.fixed, in_features)
+    return settled_rows(
+        run, fixed, (0, layer.packed.count), x.shape, (*x.shape[:-1], n), layer.size, weights, layer.held
+    )
 
 
 block_sparse_linear.settled = settled  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ import numba
 from numba.core import compiler, compiler_lock, config, types
 from numba.core.registry import cpu_target
 
-from .calling import execution_engine, python_function
+from .calling import OWN, execution_engine, python_function
 from .instruction_sets import target
 
 Build = Callable[[], tuple[Callable[..., None], str]]
@@ -33,13 +33,13 @@ _lock = threading.Lock()
 _kernels: dict[tuple[str, ...], Any] = {}
 _kept_alive: list[Any] = []
 
-_TYPES = {"i": types.int64, "f": types.float32, "b": types.int64}
+_TYPES = {"i": (types.int64,), "f": (types.float32,), "b": (types.int64,), OWN: (types.int64,) * 4}
 
 
 def kernel(key: tuple[str, ...], build: Build) -> Any:
     """The compiled kernel of this key; None, with one warning, where it cannot be compiled.
 
-    ``build`` gives the Python function and a letter per argument: i for int64, f for float32, b for bytes.
+    ``build`` gives the Python function and its argument letters: ``calling.py``.
     """
     try:
         return _kernels[key]
@@ -76,7 +76,7 @@ def _compile(function: Callable[..., None], arguments: str) -> tuple[str, bytes,
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     contexts = cpu_target.typing_context, cpu_target.target_context
-    types_ = tuple(_TYPES[a] for a in arguments)
+    types_ = tuple(kind for letter in arguments for kind in _TYPES[letter])
     with compiler_lock.global_compiler_lock:
         compiled = compiler.compile_extra(*contexts, function, types_, types.void, flags, {})
         name, library = compiled.fndesc.llvm_func_name, compiled.library

@@ -18,7 +18,7 @@ from ..checks import dense_rows
 from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
 from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
 from ..written import function
-from . import mlp_gradient, threads
+from . import mlp_gradient, quick, threads
 from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
@@ -73,6 +73,8 @@ class Network:
     Hidden weights are packed. The fp32 tensors are read where they lie if they are dense and as long as the kernel
     reads, and are then in ``live``: what is written there later, the kernel sees.
     """
+
+    changed = staticmethod(quick.changed)
 
     def __init__(
         self,
@@ -168,13 +170,21 @@ class Network:
             return None
         few = m <= BLOCK or m * self.work < self.parallel_work
         names = [f"x{i}" for i in range(len(shapes))]
-        other = [f"{x}.shape != {x}_shape" for x in names[1:]]
-        other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in names]
-        places = ", ".join(f"{x}.data_ptr(), {x}_width" for x in names)
-        scratch = "0" if self.scratch <= OWN_SCRATCH else "scratch(size)"
-        run = f"run(table, {scratch}, address({places}), 0, m, m, y.data_ptr())"
-        # ``new`` is ``new_empty``, a tenth of a microsecond faster, but for the shape ()
-        source = f"""
+        own = self.scratch <= OWN_SCRATCH
+        call = self._quick(shapes, m, shape) if few else None
+        if call is not None:
+            source = f"""
+def f({", ".join(names)}):
+    y = call({", ".join([*names, *([] if own else ["scratch(size)"])])})
+    return of_halves(f, {", ".join(names)}) if y is None else y
+"""
+        else:
+            other = [f"{x}.shape != {x}_shape" for x in names[1:]]
+            other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in names]
+            places = ", ".join(f"{x}.data_ptr(), {x}_width" for x in names)
+            run = f"run(table, {'0' if own else 'scratch(size)'}, address({places}), 0, m, m, y.data_ptr())"
+            # ``new`` is ``new_empty``, a tenth of a microsecond faster, but for the shape ()
+            source = f"""
 def f({", ".join(names)}):
     if {" or ".join(other)}:
         return of_halves(f, {", ".join(names)})
@@ -184,12 +194,19 @@ def f({", ".join(names)}):
 """
         # the network owns what the table points to
         known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
-        known["of_halves"] = _of_halves
+        known |= {"of_halves": _of_halves, "call": call}
         place: dict[str, Any] = {**known, "table": self.table_at, "size": self.scratch, "m": m}
         place |= {f"y{i}": size for i, size in enumerate(shape)}
         for x, s, width in zip(names, shapes, self.pieces, strict=True):
             place |= {f"{x}_shape": s, f"{x}_width": width}
         return function(source, place)
+
+    def _quick(self, shapes: list[torch.Size], m: int, shape: tuple[int, ...]) -> Any:
+        """The call for inputs of these shapes in machine code, or None."""
+        words = [self.table_at, 0, 0, 0, m, m, 0, *(word for width in self.pieces for word in (0, width))]
+        rows = [(s, 7 + 2 * i) for i, s in enumerate(shapes)]
+        scratch_at = 1 if self.scratch > OWN_SCRATCH else -1
+        return quick.settled(self.run, words, rows, shape, y_at=6, scratch_at=scratch_at, table=(2, 7))
 
 
 def _of_halves(call: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:

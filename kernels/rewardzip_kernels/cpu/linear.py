@@ -18,6 +18,7 @@ from . import threads
 from .engine import kernel
 from .instruction_sets import choose
 from .pointers import i64, load, stack
+from .quick import settled_rows
 from .rows import take_rows
 from .sweep import sweep
 from .tile import PANEL, Float, Int8
@@ -131,21 +132,9 @@ def settled(
     layer, m = pack(*weights), x.shape[:-1].numel()
     if x.shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
         return None
-    first, last, out = weights[0], weights[-1], (*x.shape[:-1], layer.n)
-    version, k = first._version + last._version, layer.k
     scale = layer.ones if scale is None else scale
-    block, panels, scratch = min(BLOCK, m), layer.count, threads.scratch
-    size = block * (layer.padded_k * kind.item + 4)
+    block = min(BLOCK, m)
     at = layer.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
-    fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, k, block
-
-    def call(x: Tensor, held: Any = (layer, scale, bias, x_scale)) -> Tensor | None:
-        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
-            return None
-        if first._version + last._version != version:
-            return None
-        y = x.new_empty(*out)
-        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, panels)
-        return y
-
-    return call
+    fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, layer.k, block
+    size, held = block * (layer.padded_k * kind.item + 4), (layer, scale, bias, x_scale)
+    return settled_rows(run, fixed, (0, layer.count), x.shape, (*x.shape[:-1], layer.n), size, weights, held)

@@ -21,6 +21,7 @@ from .instruction_sets import choose
 from .keeping import kept
 from .nonzeros import nonzero_sums
 from .pointers import f32, i32, load, stack, store
+from .quick import settled_rows
 
 # outputs that go through the epilogue together
 GROUP = 64
@@ -158,19 +159,8 @@ def _settled(
         return None
     scale, bias = stored.ones if scale is None else scale, stored.zeros if bias is None else bias
     fixed = *stored.addresses, scale.data_ptr(), bias.data_ptr(), parameter, in_features, n, in_features
-    version, scratch = values._version + columns._version + starts._version, threads.scratch
     size = 4 * in_features * (1 if m == 1 else lanes if m <= lanes else 2 * lanes)
-
-    def call(x: Tensor, held: Any = (stored, scale, bias)) -> Tensor | None:
-        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
-            return None
-        if values._version + columns._version + starts._version != version:
-            return None
-        y = x.new_empty(*out)
-        run(*fixed, scratch(size), x.data_ptr(), m, y.data_ptr(), 0, n)
-        return y
-
-    return call
+    return settled_rows(run, fixed, (0, n), x.shape, out, size, weights, (stored, scale, bias))
 
 
 sparse_rows_linear.settled = _settled  # type: ignore[attr-defined]

@@ -1,0 +1,300 @@
+"""What surrounds a kernel at a settled call, in machine code: the inputs looked at, the output made, the kernel called.
+
+At one row Python's own frames and attribute look-ups cost ten times what the arithmetic does. torch's C interface (the
+one that its compiled models use) tells a tensor's sizes and makes the output; the two of its functions that are C++
+are looked for by name. Where anything is missing or elsewhere than expected there is none of this, and what is written
+in Python does the same.
+
+    settled(...)  a function of the inputs, and of an address to work at where the kernel needs one: the output, or None
+                  where an input is not dense fp32 of these sizes on a CPU, or a watched tensor was written to
+    changed(...)  a function that says whether tables hold other tensors, or tensors were written to or given other data
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from . import threads
+from .calling import OWN, packed
+from .engine import kernel
+from .pointers import i64, load, stack, store
+
+WORDS = 64
+HEADER = (
+    "none", "tensor_type", "tensor_at", "run", "inputs", "words", "y_dim", "y_at", "scratch_at", "table_at",
+    "table_from", "watched", "version",
+)  # fmt: skip
+FLOAT32, CPU, STRIDED = 6, 0, 0
+
+_sizes = types.ExternalFunction("aoti_torch_get_sizes", types.int32(types.int64, types.int64))
+_dim = types.ExternalFunction("aoti_torch_get_dim", types.int32(types.int64, types.int64))
+_dtype = types.ExternalFunction("aoti_torch_get_dtype", types.int32(types.int64, types.int64))
+_device = types.ExternalFunction("aoti_torch_get_device_type", types.int32(types.int64, types.int64))
+_layout = types.ExternalFunction("aoti_torch_get_layout", types.int32(types.int64, types.int64))
+_is_contiguous = types.ExternalFunction("aoti_torch_is_contiguous", types.int32(types.int64, types.int64))
+_data = types.ExternalFunction("aoti_torch_get_data_ptr", types.int32(types.int64, types.int64))
+_int32, _int64 = types.int32, types.int64
+_empty = types.ExternalFunction(
+    "aoti_torch_empty_strided", _int32(_int64, _int64, _int64, _int32, _int32, _int32, _int64)
+)
+_delete = types.ExternalFunction("aoti_torch_delete_tensor_object", types.int32(types.int64))
+_wrap = types.ExternalFunction("_Z16THPVariable_WrapRKN2at10TensorBaseE", types.int64(types.int64))
+_version = types.ExternalFunction("_ZNK2at10TensorBase8_versionEv", types.int64(types.int64))
+_keep = types.ExternalFunction("Py_IncRef", types.void(types.int64))
+_number = types.ExternalFunction("PyLong_AsLongLong", types.int64(types.int64))
+_find = types.ExternalFunction("PyDict_GetItem", types.int64(types.int64, types.int64))
+
+FROM_TORCH = (_sizes, _dim, _dtype, _device, _layout, _is_contiguous, _data, _empty, _delete, _wrap, _version)
+
+
+@intrinsic
+def _run(typing_context, address, words):
+    def emit(context, builder, signature, args):
+        word = ir.IntType(64)
+        function = ir.FunctionType(ir.VoidType(), [word.as_pointer()]).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), [builder.inttoptr(args[1], word.as_pointer())])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+_words_memory, _small_memory = stack(types.int64, WORDS), stack(types.int64, 8)
+
+
+def _build_settled():
+    header = len(HEADER)
+
+    def settled(block, arguments, count, result):
+        none, tensor_type, tensor_at, run, inputs, size, y_dim = (
+            load(i64(block), 0), load(i64(block), 1), load(i64(block), 2), load(i64(block), 3), load(i64(block), 4),
+            load(i64(block), 5), load(i64(block), 6),
+        )  # fmt: skip
+        y_at, scratch_at, table_at, table_from, watched, version = (
+            load(i64(block), 7), load(i64(block), 8), load(i64(block), 9), load(i64(block), 10), load(i64(block), 11),
+            load(i64(block), 12),
+        )  # fmt: skip
+        words, small = _words_memory(), _small_memory()
+        at = block + header * 8
+        fits = count == inputs + (1 if scratch_at >= 0 else 0)
+        if fits:
+            # of the tensors' versions only the sum is asked
+            for i in range(watched):
+                version -= _version(load(i64(at), i))
+            fits = version == 0
+        at += watched * 8
+        if fits:
+            for i in range(size):
+                store(i64(words), i, load(i64(at), i))
+        at += size * 8
+        for i in range(inputs):
+            dim, place = load(i64(at), 0), load(i64(at), 1)
+            if fits:
+                x = load(i64(arguments), i)
+                fits = load(i64(x), 1) == tensor_type
+                x += tensor_at
+            if fits:
+                store(i64(small), 1, 0)
+                store(i64(small), 2, 0)
+                store(i64(small), 3, 0)
+                failed = _dim(x, small) + _dtype(x, small + 8) + _device(x, small + 16) + _layout(x, small + 24)
+                kind = load(i64(small), 1) == FLOAT32 and load(i64(small), 2) == CPU and load(i64(small), 3) == STRIDED
+                fits = failed == 0 and kind and load(i64(small), 0) == dim
+            if fits:
+                store(i64(small), 2, 0)
+                failed = _sizes(x, small) + _data(x, small + 8) + _is_contiguous(x, small + 16)
+                fits = failed == 0 and load(i64(small), 2) != 0
+                sizes = load(i64(small), 0)
+                for j in range(dim):
+                    fits = fits and load(i64(sizes), j) == load(i64(at), 2 + j)
+                store(i64(words), place, load(i64(small), 1))
+            at += (2 + dim) * 8
+        if fits:
+            fits = _empty(y_dim, at, at + y_dim * 8, FLOAT32, CPU, -1, small) == 0
+        if fits:
+            y = load(i64(small), 0)
+            _data(y, words + y_at * 8)
+            if scratch_at >= 0:
+                store(i64(words), scratch_at, _number(load(i64(arguments), inputs)))
+            if table_at >= 0:
+                store(i64(words), table_at, words + table_from * 8)
+            _run(run, words)
+            store(i64(result), 0, _wrap(y))
+            _delete(y)
+        else:
+            _keep(none)
+            store(i64(result), 0, none)
+
+    return settled, OWN
+
+
+def _build_changed():
+    def changed(block, arguments, count, result):
+        false, true, entries, watched, version, moved = (
+            load(i64(block), 0), load(i64(block), 1), load(i64(block), 2), load(i64(block), 3), load(i64(block), 4),
+            load(i64(block), 5),
+        )  # fmt: skip
+        place = _small_memory()
+        at = block + 48
+        same = True
+        for _ in range(entries):
+            same = same and _find(load(i64(at), 0), load(i64(at), 1)) == load(i64(at), 2)
+            at += 24
+        for _ in range(watched):
+            version -= _version(load(i64(at), 0))
+            at += 8
+        for _ in range(moved):
+            same = same and _data(load(i64(at), 0), place) == 0 and load(i64(place), 0) == load(i64(at), 1)
+            at += 16
+        answer = false if same and version == 0 else true
+        _keep(answer)
+        store(i64(result), 0, answer)
+
+    return changed, OWN
+
+
+def settled(
+    run: Any,
+    words: Sequence[int | float],
+    inputs: Sequence[tuple[torch.Size, int]],
+    shape: Sequence[int],
+    *,
+    y_at: int,
+    scratch_at: int = -1,
+    table: tuple[int, int] = (-1, 0),
+    watched: Sequence[Tensor] = (),
+) -> Callable[..., Tensor | None] | None:
+    """``run`` called with these words, once the addresses of the inputs, of the output and of scratch stand in them.
+
+    ``inputs`` are shapes, each with the word where its address goes; ``table`` is a word for the address of another,
+    where the kernel reads a table. The caller keeps alive what words and ``watched`` point to.
+    """
+    found, dim, code = _found(), len(shape), run.__self__
+    if found is None or len(words) > WORDS or dim > 8 or any(len(s) > 8 for s, _ in inputs):
+        return None
+    at, make, _ = found
+    letters = code.arguments.ljust(len(words), "i")
+    bits = [_bits(word) if letter == "f" else int(word) for word, letter in zip(words, letters, strict=True)]
+    strides = [1] * dim
+    for i in reversed(range(dim - 1)):
+        strides[i] = strides[i + 1] * max(shape[i + 1], 1)
+    block = [id(None), id(Tensor), at, packed(code), len(inputs), len(words), dim, y_at, scratch_at, *table]
+    block += len(watched), sum([t._version for t in watched]), *[id(t) + at for t in watched], *bits
+    for size, place in inputs:
+        block += len(size), place, *size
+    call: Callable[..., Tensor | None] = make(_bytes([*block, *shape, *strides]))
+    return call
+
+
+def settled_rows(
+    run: Any,
+    before: Sequence[int | float],
+    after: Sequence[int],
+    x: torch.Size,
+    out: Sequence[int],
+    size: int,
+    watched: Sequence[Tensor],
+    held: Any,
+) -> Callable[[Tensor], Tensor | None]:
+    """``settled`` for one layer: ``run(*before, scratch, x, rows, y, *after)``, with ``size`` bytes of scratch.
+
+    ``held`` is kept alive with the call, which sees what is written there.
+    """
+    m, at, version = x[:-1].numel(), len(before), sum([t._version for t in watched])
+    words, inputs = [*before, 0, 0, m, 0, *after], [(x, at + 1)]
+    quick = settled(run, words, inputs, out, y_at=at + 3, scratch_at=at, watched=watched)
+    if quick is not None:
+        return _with_scratch(quick, size, (watched, held))
+
+    def call(x: Tensor, held: Any = held) -> Tensor | None:
+        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return None
+        if sum([t._version for t in watched]) != version:
+            return None
+        y = x.new_empty(*out)
+        run(*before, threads.scratch(size), x.data_ptr(), m, y.data_ptr(), *after)
+        return y
+
+    return call
+
+
+def _with_scratch(quick: Callable[..., Tensor | None], size: int, held: Any) -> Callable[[Tensor], Tensor | None]:
+    def call(x: Tensor, held: Any = held) -> Tensor | None:
+        return quick(x, threads.scratch(size))
+
+    return call
+
+
+def changed(
+    entries: Sequence[tuple[Any, str, Tensor | None]],
+    watched: Sequence[Tensor],
+    version: int,
+    moved: Sequence[tuple[Tensor, int]],
+) -> Callable[[], bool] | None:
+    """Whether a table gives another tensor for a key, ``watched`` have been written to, or ``moved`` lie elsewhere.
+
+    The caller keeps alive all that is named here.
+    """
+    found = _found()
+    if found is None:
+        return None
+    at, _, make = found
+    block = [id(False), id(True), len(entries), len(watched), version, len(moved)]
+    for table, key, tensor in entries:
+        block += id(table), id(key), 0 if tensor is None and key not in table else id(tensor)
+    block += [id(t) + at for t in watched]
+    for t, address in moved:
+        block += id(t) + at, address
+    made: Callable[[], bool] = make(_bytes(block))
+    return made
+
+
+def _bytes(block: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(block)}q", *block)
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("i", struct.pack("f", value))[0])
+
+
+@lru_cache
+def _found() -> tuple[int, Any, Any] | None:
+    """Where a tensor lies in its Python object, and what makes the functions; None where this torch is another."""
+    at = _tensor_at()
+    if at is None or not _known_to_llvm():
+        return None
+    made = kernel(("settled",), _build_settled), kernel(("changed",), _build_changed)
+    return None if None in made else (at, *made)
+
+
+def _tensor_at() -> int | None:
+    tensor = torch.empty(1)
+    for at in (16, 24):
+        words = ctypes.cast(id(tensor) + at, ctypes.POINTER(ctypes.c_uint64))
+        if words[0] == tensor._cdata:
+            return at
+    return None
+
+
+def _known_to_llvm() -> bool:
+    folder = Path(torch.__file__).parent / "lib"
+    try:
+        libraries = [ctypes.CDLL(str(next(folder.glob(f"libtorch_{name}.*")))) for name in ("cpu", "python")]
+    except (OSError, StopIteration):
+        return False
+    for function in FROM_TORCH:
+        places = [getattr(library, function.symbol, None) for library in libraries]
+        place = next((p for p in places if p is not None), None)
+        if place is None:
+            return False
+        llvm.add_symbol(function.symbol, ctypes.cast(place, ctypes.c_void_p).value)
+    return True

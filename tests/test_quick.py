@@ -1,0 +1,202 @@
+"""Settled calls on a CPU, in machine code and as what stands in where this torch is another: the same to the letter."""
+
+import copy
+import gc
+import resource
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import rewardzip as rz
+
+quick = pytest.importorskip("rewardzip_kernels.cpu.quick")
+
+
+@pytest.fixture(params=["machine code", "python"])
+def form(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(quick, "_found", lambda: None)
+    else:
+        assert quick._found() is not None
+    return request.param
+
+
+def mlp(width=64, out=1):
+    layers = nn.Linear(24, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out)
+    return nn.Sequential(*layers).requires_grad_(False)
+
+
+def pruned(pattern, amount):
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU()).requires_grad_(False)
+    return rz.prune(model, rz.Prune(pattern, amount))
+
+
+MODELS = {
+    "a small net": lambda: rz.swap(mlp(), rz.Int8(activations="dynamic")),
+    "scratch of its own": lambda: rz.swap(mlp(320, 3), rz.Int8()),
+    "dense": lambda: rz.swap(mlp(), rz.Fused()),
+    "an ensemble": lambda: rz.fuse_ensemble([mlp(), mlp()], rz.Int8()),
+    "a layer": lambda: rz.swap(nn.Sequential(nn.Linear(24, 40)).requires_grad_(False), rz.Int8()),
+    "a layer, int8 rows": lambda: rz.swap(
+        nn.Sequential(nn.Linear(24, 40)).requires_grad_(False), rz.Int8(activations="dynamic")
+    ),
+    "blocks": lambda: rz.swap(pruned("block", 0.9), rz.Int8()),
+    "rows": lambda: rz.swap(pruned("unstructured", 0.99), rz.Int8()),
+}
+
+
+def width(name):
+    return 256 if name in ("blocks", "rows") else 24
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_settled_calls_give_what_the_first_gave(name, form):
+    fast = MODELS[name]()
+    for shape in ((1,), (5,), (2, 3), (60,), ()):
+        x = torch.randn(*shape, width(name))
+        first = fast(x)
+        for given in (x, x.clone(), x.clone().requires_grad_()[...].detach()):
+            again = fast(given)
+            assert torch.equal(again, first)
+            assert again.shape == first.shape
+            assert again.stride() == first.stride()
+            assert again.device == first.device
+            assert again.is_contiguous()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_inputs_are_not_taken_for_those(name, form):
+    fast, k = MODELS[name](), width(name)
+    x = torch.randn(4, k)
+    y = fast(x)
+    assert torch.equal(fast(x), y)
+    assert torch.equal(fast(x.t().contiguous().t()), y)
+    assert torch.allclose(fast(torch.nn.Parameter(x, requires_grad=False)), y, atol=1e-6)
+    if name != "dense":
+        assert torch.allclose(fast(x.bfloat16()).float(), y, rtol=0.1, atol=0.1)
+    assert torch.equal(fast(x[:3]), fast(x[:3].clone()))
+    assert torch.equal(fast(x.expand(2, 4, k))[1], fast(x.expand(2, 4, k).clone())[1])
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        fast(torch.randn(4, k + 1))
+    with pytest.raises((ValueError, RuntimeError, TypeError, NotImplementedError)):
+        fast(x.to_sparse())
+    with pytest.raises((ValueError, RuntimeError, TypeError, AttributeError)):
+        fast(x.numpy())
+    assert torch.equal(fast(x), y)
+
+
+def test_modes_of_torch_are_kept(form):
+    fast, x = MODELS["a small net"](), torch.randn(2, 24)
+    fast(x), fast(x)
+    assert not fast(x).is_inference()
+    with torch.inference_mode():
+        assert fast(x).is_inference()
+    assert not fast(x).requires_grad
+    seen = x.clone().requires_grad_()
+    assert fast(seen).requires_grad
+    assert not fast(x).requires_grad
+
+
+def test_many_inputs(form):
+    model = rz.RewardMLP(17, 6).requires_grad_(False)
+    fast = rz.swap(model, rz.Int8())
+    state, action = torch.randn(3, 17), torch.randn(3, 6)
+    first = fast(state, action)
+    assert torch.equal(fast(state, action), first)
+    # the same shapes, each in its own storage and with other strides
+    assert torch.equal(fast(torch.randn(17, 3).t().copy_(state), action), first)
+    with pytest.raises((ValueError, RuntimeError)):
+        fast(state, action[:2])
+
+
+def test_nothing_leaks(form):
+    fast, x = MODELS["a small net"](), torch.randn(1, 24)
+    fast(x), fast(x)
+    held = sys.getrefcount(x), sys.getrefcount(None)
+    outputs = [fast(x) for _ in range(100)]
+    plain = [x.new_empty(1) for _ in range(100)]
+    assert sys.getrefcount(outputs[0]) == sys.getrefcount(plain[0])
+    del outputs
+    gc.collect()
+    for _ in range(20_000):
+        fast(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(200_000):
+        fast(x)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096, "kilobytes"
+    assert sys.getrefcount(x) == held[0]
+    assert abs(sys.getrefcount(None) - held[1]) < 1000
+
+
+def test_refusals_do_not_leak():
+    found = quick._found()
+    fast, x = MODELS["a layer"](), torch.randn(1, 24)
+    fast(x), fast(x)
+    (call,) = [c.cell_contents for c in _settled(fast).__closure__ if type(c.cell_contents) is type(len)]
+    none = sys.getrefcount(None)
+    for _ in range(5000):
+        for wrong in (torch.randn(2, 24), x.double(), x.t(), "x", None, 3, x.to("meta")):
+            assert call(wrong, 0) is None
+        assert call() is None
+        assert call(x) is None
+    assert abs(sys.getrefcount(None) - none) < 500
+    assert found is quick._found()
+
+
+def _settled(fast):
+    (guarded,) = fast[0].settled.values()
+    return guarded.__globals__["call"]
+
+
+def test_one_module_in_many_threads(form):
+    fast = MODELS["scratch of its own"]()
+    inputs = [torch.randn(n, 24) for n in (1, 2, 3, 7)]
+    expected = [fast(x) for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(400):
+            if not torch.equal(fast(inputs[i % 4]), expected[i % 4]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["a small net", "dense", "a layer", "blocks", "rows"])
+def test_what_changes_is_seen(name, form):
+    fast, k = MODELS[name](), width(name)
+    x = torch.randn(2, k)
+    fast(x)
+    before = fast(x)
+    tensors = [t for t in (*fast.buffers(), *fast.parameters()) if t.is_floating_point()]
+    for tensor in tensors:
+        tensor.mul_(1.5)
+        now = fast(x)
+        assert not torch.equal(now, before), "a tensor was written to"
+        assert torch.allclose(now, copy.deepcopy(fast)(x), atol=1e-5)
+        before = fast(x)
+
+
+def test_a_layout_that_is_not_known_means_python(monkeypatch):
+    quick._found.cache_clear()
+    monkeypatch.setattr(quick, "_tensor_at", lambda: None)
+    try:
+        fast, x = MODELS["a small net"](), torch.randn(1, 24)
+        assert torch.equal(fast(x), fast(x))
+        assert quick._found() is None
+    finally:
+        quick._found.cache_clear()
+
+
+def test_a_library_without_the_symbols_means_python(monkeypatch):
+    missing = quick.types.ExternalFunction("aoti_torch_no_such_function", quick.types.int64())
+    monkeypatch.setattr(quick, "FROM_TORCH", (*quick.FROM_TORCH, missing))
+    assert not quick._known_to_llvm()
