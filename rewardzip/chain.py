@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +65,7 @@ class _Packed:
 class Chain:
     """The steps of one module as a function of its inputs, which are read side by side."""
 
-    op, where = "fused_mlp", "one launch"
+    op = "fused_mlp"
 
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
         self.steps = steps
@@ -89,6 +90,7 @@ class Chain:
         y = None if slow else self.route.quick(*inputs)
         if y is not None:
             return y
+        inputs = in_floats(inputs)
         if self.guidable and dim in (-1, inputs[0].dim() - 1) and wanted(inputs):
             return self.guided(inputs)
         return self.run(inputs, dim)
@@ -121,7 +123,7 @@ class Chain:
         if is_compiling():
             return None
         rows = inputs
-        if inputs[0].is_cpu:
+        if inputs[0].is_cpu and not running.on_gpu(inputs[0]):
             inputs = tuple([x.contiguous() for x in inputs])
             rows = tuple([x.float() for x in inputs]) if inputs[0].dtype in HALVES else inputs
         widths = tuple([int(x.shape[-1]) for x in inputs])
@@ -184,8 +186,21 @@ class Chain:
         for widths in list(self.packed):
             self.pack(widths)
 
+    @property
+    def where(self) -> str:
+        return "one call on a CPU, layer by layer on a GPU" if self.rounds_rows else "one launch"
+
     def __str__(self) -> str:
         return ", ".join(f"{step.layer} {step.activation}" for step in self.steps)
+
+
+def in_floats(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Whole numbers and truth values beside floats as torch.cat would make them: floats."""
+    kinds = [x.dtype for x in inputs]
+    if not any(kind.is_floating_point for kind in kinds) or all(kind.is_floating_point for kind in kinds):
+        return inputs
+    kind = reduce(torch.promote_types, kinds)
+    return tuple([x if x.is_floating_point() else x.to(kind) for x in inputs])
 
 
 def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
@@ -274,7 +289,7 @@ class Wide(Chain):
     """Layers too wide for one launch: one call on a CPU if they are small enough for one thread to take a row through
     all of them; elsewhere one by one, and on a GPU the last two as a ``Head`` if they can be."""
 
-    op, where = "", "one call on a CPU"
+    op = ""
     tail: Head | None = None
 
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
@@ -282,6 +297,11 @@ class Wide(Chain):
         self.weights = sum(m.in_features * m.out_features for m in self.linears)
         if len(steps) > 2 and is_head(self.linears[-2:], steps[-2:]):
             self.tail = Head(module, steps[-2:])
+
+    @property
+    def where(self) -> str:
+        cpu = "one call" if self.weights <= WEIGHTS_OF_ONE_CALL else "layer by layer"
+        return f"{cpu} on a CPU, on a GPU layer by layer{' but for the last two, one launch' if self.tail else ''}"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
         if dim not in (-1, inputs[0].dim() - 1):
@@ -303,7 +323,7 @@ class Pruned(Wide):
         self.few = FEW[self.linears[0].rows] // self.weights
 
     @property
-    def where(self) -> str:  # type: ignore[override]
+    def where(self) -> str:
         return f"one call on a CPU up to {self.few} rows, beyond layer by layer and without the empty blocks"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
@@ -323,6 +343,10 @@ class Dense(Wide):
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
         super().__init__(module, steps)
         self.narrow = is_narrow(self.linears)
+
+    @property
+    def where(self) -> str:
+        return f"one call on a CPU, on a GPU {'one launch of 16-bit rows' if self.narrow else 'layer by layer'}"
 
     def __call__(self, *inputs: Tensor, dim: int = -1) -> Tensor:
         # what is settled has asked the same, more cheaply
@@ -352,18 +376,47 @@ class Dense(Wide):
 class Head(Wide):
     """Two layers too wide for one MLP launch: a hidden layer that is never stored, and its product with few outputs."""
 
-    op, where = "reward_head", "one launch on a GPU"
+    op = "reward_head"
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps)
+        self.last_changed: Callable[[], bool] = lambda: True
+        self.last: Linear | None = None
+
+    @property
+    def where(self) -> str:
+        cpu = "one call" if self.weights <= WEIGHTS_OF_ONE_CALL else "layer by layer"
+        return f"one launch on a GPU, on a CPU {cpu}"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
-        if not running.on_gpu(inputs[0]) or self.is_training() or self.linears[1].weight.dtype != torch.float32:
+        if not running.on_gpu(inputs[0]) or self.is_training():
             return super().run(inputs, dim)
         return self.fused(inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim))
 
     def fused(self, x: Tensor) -> Tensor:
         """The one launch; right anywhere, worth it on a GPU."""
-        hidden, last = self.linears
+        hidden, last = self.linears[0], self.in_full()
         weights = hidden.int8_weight, hidden.scale, hidden.fp32_bias, last.weight, last.bias
         return reward_head(x, *weights, self.steps[0].activation, hidden.compute_dtype)
+
+    def in_full(self) -> Linear:
+        """The last layer in fp32: its own tensors where they are, otherwise copies, written anew where they lie."""
+        linear = self.linears[1]
+        if linear.weight.dtype == torch.float32 and type(linear) is nn.Linear:
+            return Linear(linear.weight, linear.bias)
+        if not is_compiling() and (self.last is None or self.last_changed()):
+            self.repack()
+        return self.last or _numbers(linear, None, False)
+
+    def repack(self) -> None:
+        super().repack()
+        self.last_changed = self.shortcut.look().is_other()
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias, *_ = _numbers(self.linears[1], None, False)
+            new, old = Linear(weight.float(), bias.float()), self.last
+            if old is not None and old.weight.device == weight.device:  # captured graphs read it where it lies
+                new = Linear(old.weight.copy_(new.weight), old.bias.copy_(new.bias))
+        self.last = new
 
 
 def is_head(linears: list[Any], steps: Sequence[Step]) -> bool:
@@ -372,7 +425,8 @@ def is_head(linears: list[Any], steps: Sequence[Step]) -> bool:
         len(linears) == 2
         and type(linears[0]) is Int8Linear
         and linears[0].rows == "float"
-        and type(linears[1]) is nn.Linear
+        and type(linears[1]) in (nn.Linear, Int8Linear)
+        and getattr(linears[1], "rows", "float") == "float"
         and linears[1].out_features <= MAX_OUT
         and linears[0].out_features == linears[1].in_features
         and not any(step.norm for step in steps)

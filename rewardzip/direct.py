@@ -34,15 +34,18 @@ class Form(NamedTuple):
         """Whether this one is called as the other is."""
         return (self.arity, self.flat, self.ranks) == (other.arity, other.flat, other.ranks)
 
-    def is_undisturbed(self, module: nn.Module) -> bool:
-        """Whether nobody has hooked anything to the module since."""
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
-        if not self.name:
-            return True
-        child: Any = module._modules[self.name]
-        # another class: what the child does has changed
-        return type(child) is self.kind and not child._forward_hooks and not child._forward_pre_hooks
+    def undisturbed(self, module: nn.Module, as_: str) -> tuple[str, dict[str, Any]]:
+        """Whether nobody has hooked anything to the module since, as an expression and the names in it."""
+        names = {as_: module, f"{as_}_kind": type(module), f"{as_}_has": module.__dict__}
+        unhooked = "not {0}['_forward_hooks'] and not {0}['_forward_pre_hooks']".format
+        asked = f"type({as_}) is {as_}_kind and {unhooked(f'{as_}_has')} and 'forward' not in {as_}_has"
+        if self.name:
+            # another class: what the child does has changed
+            child = module._modules[self.name]
+            names |= {f"{as_}_child": child, f"{as_}_child_kind": self.kind, f"{as_}_child_has": child.__dict__}
+            asked += f" and {as_}_has['_modules'][{self.name!r}] is {as_}_child and {unhooked(f'{as_}_child_has')}"
+            asked += f" and type({as_}_child) is {as_}_child_kind"
+        return asked, names
 
 
 def find(module: nn.Module, graph: fx.Graph, chains: dict[str, Chain]) -> Form | None:

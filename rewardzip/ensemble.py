@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from rewardzip_kernels import fused_mlp
+from rewardzip_kernels import fused_mlp, written
 from rewardzip_kernels.mlp_layout import pack
 
-from .chain import Chain, Dense, autocast, compute_for, fits
+from .chain import Chain, Dense, autocast, compute_for, fits, in_floats
 from .direct import Form
 from .fuse import FusedForward
 from .guided import wanted
@@ -76,25 +76,35 @@ class FusedEnsemble(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "launch"}
 
-    def forward(self, *inputs: Tensor) -> Any:
-        form = self.launch.form(self.members, inputs)
+    def forward(self, *inputs: Tensor, **named: Any) -> Any:
+        form = None if named else self.launch.form(self.members, inputs)
         if form is not None:
-            outputs = self.launch.run(inputs, form.flat)
+            outputs = self.launch.run(inputs, form.flat, self.reduce)
         else:
             self.launch.start()
             try:
-                outputs = torch.stack([member(*inputs) for member in self.members])
+                outputs = _reduced([member(*inputs, **named) for member in self.members], self.reduce)
             finally:
                 self.launch.end()
-        if self.reduce == "none":
-            return outputs
-        one = len(self.members) == 1
-        return outputs.mean(0), torch.full_like(outputs[0], torch.nan) if one else outputs.std(0)
+        return outputs if self.reduce == "none" else outputs.unbind()
 
     def extra_repr(self) -> str:
-        return f"one launch for {len(self.members)} members, reduce={self.reduce}"
+        where = self.launch.chains[0].where if self.launch.stands() else "one by one"
+        return f"{where} for {len(self.members)} members, reduce={self.reduce}"
 
     launch: _Launch
+
+
+def _reduced(outputs: list[Tensor], reduce: Reduce) -> Tensor:
+    together = torch.stack(outputs)
+    if reduce == "none":
+        return together
+    deviation = torch.full_like(outputs[0], torch.nan) if len(outputs) == 1 else together.std(0)
+    return torch.stack([together.mean(0), deviation])
+
+
+def _never(members: nn.ModuleList) -> bool:
+    return False
 
 
 class _Launch:
@@ -105,27 +115,50 @@ class _Launch:
         self.places: list[tuple[nn.Module, type[nn.Module]]] = []
         self.packed: dict[Any, Any] = {}
         self.seen: int | None = None
+        self.alike: Form | None = None
+        self.undisturbed: Callable[[nn.ModuleList], bool] = _never
         self.call = threading.local()
         parts = [part for chain in chains for part in (*chain.linears, *filter(None, chain.norms))]
-        self.shortcut = Shortcut(parts, lambda: [chain.numbers() for chain in chains], len(chains), "none")
+        self.shortcuts = {
+            reduce: Shortcut(parts, lambda: [chain.numbers() for chain in chains], len(chains), reduce)
+            for reduce in ("none", "mean_std")
+        }
+        self.shortcut = self.shortcuts["none"]
 
     def form(self, members: nn.ModuleList, inputs: tuple[Tensor, ...]) -> Form | None:
         """How the members do nothing but run their MLP on these inputs, or None where one does more."""
-        if self.shortcut.is_training() or len(members) != len(self.chains):
+        if _global_forward_hooks or _global_forward_pre_hooks or self.shortcut.is_training():
             return None
-        if _global_forward_hooks or _global_forward_pre_hooks:
-            return None
-        form: Form | None = getattr(type(members[0]), "rz_form", None)
+        if self.alike is None or not self.undisturbed(members):
+            self.alike, self.undisturbed = self.look(members)
+        form = self.alike
         if form is None or len(inputs) != form.arity or (form.ranks and inputs[0].dim() not in form.ranks):
             return None
-        for member, chain in zip(members, self.chains, strict=True):
-            other = getattr(type(member), "rz_form", None)
+        return form
+
+    def look(self, members: nn.ModuleList) -> tuple[Form | None, Callable[[nn.ModuleList], bool]]:
+        """The form of all members, or None, and whether what this rests on is still as it was."""
+        names: dict[str, Any] = {"table": members._modules}
+        asked = [f"members._modules is table and len(table) == {len(self.chains)}"]
+        forms: list[Form | None] = [getattr(type(member), "rz_form", None) for member in members]
+        first = forms[0] if forms else None
+        alike = len(forms) == len(self.chains) and self.stands()
+        for e, (member, form, chain) in enumerate(zip(members, forms, self.chains, strict=False)):
             # another member, or a layer that was replaced, has a chain of its own
-            if other is None or other.chain is not chain:
-                return None
-            if not form.takes(other) or not other.is_undisturbed(member):
-                return None
-        return form if all(type(owner) is kind for owner, kind in self.places) else None
+            if not alike or form is None or first is None or form.chain is not chain or not first.takes(form):
+                return None, _never
+            expression, more = form.undisturbed(member, f"m{e}")
+            asked.append(f"table['{e}'] is m{e} and {expression}")
+            names |= more
+        for e, (owner, kind) in enumerate(self.places):
+            names |= {f"owner{e}": owner, f"owner{e}_kind": kind}
+            asked.append(f"type(owner{e}) is owner{e}_kind")
+        undisturbed = written.function(f"def f(members): return {' and '.join(asked)}", names)
+        return (first, undisturbed) if undisturbed(members) else (None, _never)
+
+    def stands(self) -> bool:
+        """Whether the members run by the code that was fused: not once they are restored."""
+        return all(type(owner) is kind for owner, kind in self.places)
 
     def start(self) -> None:
         self.call.running, self.call.outputs = True, None
@@ -139,27 +172,28 @@ class _Launch:
 
     def share(self, e: int, inputs: tuple[Tensor, ...]) -> Tensor:
         if e == 0:
-            self.call.outputs = self.run(inputs, False)
+            self.call.outputs = self.run(inputs, False, "none")
         share: Tensor = self.call.outputs[e]
         return share
 
-    def run(self, inputs: tuple[Tensor, ...], flat: bool) -> Tensor:
-        """[E, ..., outputs]; ``flat``: without the last dimension, which is one number."""
-        y = None if is_compiling() else (self.shortcut.flat if flat else self.shortcut.straight).quick(*inputs)
+    def run(self, inputs: tuple[Tensor, ...], flat: bool, reduce: Reduce) -> Tensor:
+        """[E, ..., outputs], or mean and deviation; ``flat``: without the last dimension, which is one number."""
+        shortcut = self.shortcuts[reduce]
+        y = None if is_compiling() else (shortcut.flat if flat else shortcut.straight).quick(*inputs)
         if y is not None:
             return y
-        y = self.launched(inputs)
+        y = self.launched(in_floats(inputs), reduce)
         return y.squeeze(-1) if flat else y
 
-    def launched(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def launched(self, inputs: tuple[Tensor, ...], reduce: Reduce) -> Tensor:
         widths = tuple(x.shape[-1] for x in inputs)
         if isinstance(self.chains[0], Dense):
-            return self.of_dense(inputs, widths)
+            return self.of_dense(inputs, widths, reduce)
         if self.chains[0].guidable and wanted(inputs):
-            return torch.stack([chain.guided(inputs) for chain in self.chains])
+            return _reduced([chain.guided(inputs) for chain in self.chains], reduce)
         found = self.packed.get(widths)
         if found is None and is_compiling():
-            return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+            return _reduced([chain.one_by_one(*inputs) for chain in self.chains], reduce)
         if found is None or (not is_compiling() and found[0]()):
             changed = self.shortcut.look().is_other()
             layers = self.chains[0].describe(widths)
@@ -170,27 +204,25 @@ class _Launch:
             found = self.packed[widths] = changed, *new, layers
         _, weights, params, layers = found
         compute = compute_for(inputs[0], self.chains[0].compute_dtype)
-        y = fused_mlp(list(inputs), weights, params, layers, len(self.chains), "none", compute)
-        self.shortcut.settle(inputs, layers, compute, lambda: (weights, params))
+        y = fused_mlp(list(inputs), weights, params, layers, len(self.chains), reduce, compute)
+        self.shortcuts[reduce].settle(inputs, layers, compute, lambda: (weights, params))
         return y
 
-    def of_dense(self, inputs: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
-        if (
-            is_compiling()
-            or not all(p.dtype == x.dtype for p in self.shortcut.dense() for x in inputs)
-            or autocast(inputs)
-        ):
-            return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+    def of_dense(self, inputs: tuple[Tensor, ...], widths: tuple[int, ...], reduce: Reduce) -> Tensor:
+        like = all(p.dtype == x.dtype for p in self.shortcut.dense() for x in inputs)
+        if is_compiling() or not like or autocast(inputs):
+            return _reduced([chain.one_by_one(*inputs) for chain in self.chains], reduce)
         if wanted(inputs):
-            return torch.stack([chain.guided(inputs) for chain in self.chains])
+            return _reduced([chain.guided(inputs) for chain in self.chains], reduce)
         # numbers that change from call to call, as in training, are not worth packing
         before, self.seen = self.seen, self.shortcut.versions()
         if before in (None, self.seen):
-            self.shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs[0], None))
-            y = self.shortcut.straight.quick(*inputs)
+            shortcut = self.shortcuts[reduce]
+            shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs[0], None))
+            y = shortcut.straight.quick(*inputs)
             if y is not None:
                 return y
-        return torch.stack([chain.one_by_one(*inputs) for chain in self.chains])
+        return _reduced([chain.one_by_one(*inputs) for chain in self.chains], reduce)
 
 
 class _Slot(Chain):

@@ -48,8 +48,12 @@ FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     F.elu: ("elu", "alpha"),
     F.silu: ("silu", None),
     F.mish: ("mish", None),
+    F.softplus: ("softplus", None),
     F.gelu: ("gelu", "approximate"),
 }
+
+
+JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class FusedForward:
@@ -90,7 +94,7 @@ class FusedForward:
         alone = [f"{name} {activation}" for name, activation in self.rz_fused.items() if name not in chained]
         if alone:
             lines.append(f"fused: {', '.join(alone)}")
-        return "\n".join(lines + [f"one launch: {chain}" for chain in self.rz_chains])
+        return "\n".join(lines + [f"{chain.where}: {chain}" for chain in self.rz_chains])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class exists in this process only: a copy is made from the author's class and fused again
@@ -286,7 +290,7 @@ def _is_norm(module: nn.Module, node: fx.Node, layer: Any) -> bool:
 
 def _concatenated(node: Any) -> tuple[list[fx.Node], int] | None:
     """(tensors, dim) of a node that is a torch.cat of a list, None for another."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in JOINS:
         return None
     given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
     tensors, dim = given.get("tensors"), given.get("dim", given.get("axis", 0))

@@ -101,8 +101,11 @@ def assert_dynamic(
 
 def activation_error(pre: Tensor, activation: str) -> Tensor:
     """What ``gpu/activations.py`` promises, a third of it: the caller multiplies by C."""
-    exact = activation.partition(":")[0] in ("none", "relu", "leaky_relu")
-    return torch.zeros_like(pre) if exact else UNIT[torch.float32] * pre.abs().clamp(min=1.0) * 4 / 3
+    name, _, parameter = activation.partition(":")
+    if name in ("none", "relu", "leaky_relu"):
+        return torch.zeros_like(pre)
+    least = max(1.0, abs(float(parameter or 1))) if name == "elu" else 1.0
+    return UNIT[torch.float32] * pre.abs().clamp(min=least) * 4 / 3
 
 
 def assert_within(y: Tensor, ref: Tensor, bound: Tensor) -> None:

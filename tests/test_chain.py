@@ -413,3 +413,60 @@ def test_refresh_after_inference_mode():
     half = x.half().requires_grad_()
     (gradient,) = torch.autograd.grad(fast(half).sum(), half)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic"), rz.Fused()])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool])
+@pytest.mark.parametrize("width", [64, 300])
+def test_whole_numbers_beside_floats(config, kind, width):
+    fast = rz.swap(rz.RewardMLP(17, 6, (width, width)).requires_grad_(False), config)
+    state, action = torch.randn(5, 17), F.one_hot(torch.arange(5), 6).to(kind)
+    expected = fast(state, action.float())
+    for _ in range(3):
+        torch.testing.assert_close(fast(state, action), expected)
+    state.requires_grad_()
+    assert torch.autograd.grad(fast(state, action).sum(), state)[0].shape == (5, 17)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        fast(state.long(), action)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(23, 64), nn.Linear(64, 1)
+
+    def forward(self, state, action):
+        return self.last(F.softplus(self.first(torch.concatenate([state, action], -1))))
+
+
+def test_softplus_and_concatenate_as_functions():
+    fast, inputs = rz.swap(Functional().requires_grad_(False), rz.Int8()), (torch.randn(5, 17), torch.randn(5, 6))
+    assert ops(fast, *inputs) == ["fused_mlp"]
+    alike(fast, *inputs)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 4, 16])
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(scalar_outputs=True)])
+def test_heads_of_every_type_are_one_launch_on_a_gpu(kind, outputs, config, monkeypatch):
+    model = mlp(512, 1024, outputs).to(kind)
+    fast, x = rz.swap(model, config), torch.randn(7, 512, dtype=kind)
+    monkeypatch.setattr("rewardzip.running.on_gpu", lambda x: True)
+    assert ops(fast, x) == ["reward_head"]
+    bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[kind]
+    torch.testing.assert_close(fast(x), rz.restore(fast)(x), rtol=bound, atol=bound)
+    assert "one launch on a GPU" in str(rz.explain(fast))
+    # numbers that change are seen, where a captured graph reads them
+    (chain,) = type(fast).rz_chains
+    last, before = chain.in_full().weight, fast(x)
+    for tensor in (t for t in (*fast[2].buffers(), *fast[2].parameters()) if t.is_floating_point()):
+        tensor.mul_(2)
+    torch.testing.assert_close(fast(x), 2 * before, rtol=bound, atol=bound)
+    assert chain.in_full().weight.data_ptr() == last.data_ptr()
+
+
+def test_where_a_chain_runs_is_said_for_both_devices():
+    small = mlp(24, 64, 64, 1)
+    assert "one call on a CPU, layer by layer on a GPU" in repr(rz.swap(small, rz.Int8(activations="dynamic")))
+    assert "on a GPU layer by layer but for the last two" in repr(rz.swap(mlp(1200, 64, 64, 1), rz.Int8()))
+    assert "layer by layer on a CPU" in str(rz.explain(rz.swap(mlp(64, 2048, 2048, 1), rz.Int8())))

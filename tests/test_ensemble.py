@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_chain import Critic, mlp, ops
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewardzip as rz
 
@@ -20,6 +21,22 @@ def inputs(rows=9):
     return torch.randn(rows, 17), torch.randn(rows, 6)
 
 
+def dispatched(model, *inputs):
+    with Everything() as mode, torch.no_grad():
+        model(*inputs)
+    return mode.seen
+
+
+class Everything(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function).split(".")[1])
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_members_and_their_spread(count):
     members, x = nets(count), inputs()
@@ -27,7 +44,10 @@ def test_members_and_their_spread(count):
     fused = rz.fuse_ensemble(members)
     torch.testing.assert_close(fused(*x), apart)
     assert ops(fused, *x) == ["fused_mlp"]
-    mean, std = rz.fuse_ensemble(members, reduce="mean_std")(*x)
+    spread = rz.fuse_ensemble(members, reduce="mean_std")
+    assert ops(spread, *x) == ["fused_mlp"]
+    assert not dispatched(spread, *x) & {"mean", "std", "stack"}, "the launch reduces"
+    mean, std = spread(*x)
     torch.testing.assert_close(mean, apart.mean(0))
     assert std.isnan().all() if count == 1 else torch.allclose(std, apart.std(0), atol=1e-5)
 
@@ -250,7 +270,7 @@ def test_nothing_rounded(make, reduce):
                 torch.testing.assert_close(found[1], expected.std(0), rtol=1e-4, atol=1e-6)
             else:
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert fused.launch.shortcut.straight.calls[x[0].shape] is not None, "what is tested is the one call"
+        assert fused.launch.shortcuts[reduce].straight.calls[x[0].shape] is not None, "what is tested is the one call"
         half = [t.half() for t in x]
         with pytest.raises(RuntimeError, match="dtype"):
             fused(*half)
@@ -353,3 +373,21 @@ def test_a_member_of_another_type_is_refused_as_by_torch():
     fused.members[1].half()
     with pytest.raises(RuntimeError, match="dtype"):
         fused(x)
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Fused()])
+@pytest.mark.parametrize("reduce", ["none", "mean_std"])
+def test_inputs_by_name_and_whole_numbers(config, reduce):
+    members = nets(3)
+    fused = rz.fuse_ensemble(members, config, reduce)
+    state, action = torch.randn(9, 17), torch.nn.functional.one_hot(torch.arange(9) % 6, 6)
+    expected = fused(state, action.float())
+    for found in (fused(state, action), fused(state, action), fused(state=state, action=action)):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_restored_members_do_not_say_that_they_are_one_launch():
+    fused = rz.fuse_ensemble(nets(2))
+    assert "one launch for 2 members" in repr(fused)
+    assert "one launch" not in repr(rz.restore(fused))

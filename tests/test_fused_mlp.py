@@ -413,3 +413,13 @@ def test_compile():
         torch.autograd.grad(compiled.sum(), xs), torch.autograd.grad(eager.sum(), xs), strict=True
     ):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("members", "reduce"), [(None, "none"), (3, "none"), (3, "mean_std")])
+def test_no_rows_have_a_gradient_of_no_rows(members, reduce):
+    layers = "17+6: 32 relu, 1"
+    packed = random_mlp(layers, torch.int8, members or 1, DEVICE)
+    inputs = [torch.randn(0, k, device=DEVICE, requires_grad=True) for k in (17, 6)]
+    y = fused_mlp(tuple(inputs), *packed, layers, members, reduce)
+    found = torch.autograd.grad(y.sum(), inputs)
+    assert [g.shape for g in found] == [(0, 17), (0, 6)]

@@ -46,7 +46,7 @@ def test_every_tail(run, m, n, k, why, dtype, device, poisoned):
         assert_linear(run(x, q, scale, b, activation), x, q, scale, b, activation, rounding(x, None))
 
 
-@pytest.mark.parametrize("activation", [*activations.ACTIVATIONS, "leaky_relu:0.3", "elu:0.7"])
+@pytest.mark.parametrize("activation", [*activations.ACTIVATIONS, "leaky_relu:0.3", "elu:0.7", "elu:20"])
 @pytest.mark.parametrize("m", [2, 40])
 def test_activations(run, activation, m, device, poisoned):
     x = torch.randn(m, 48, device=device)

@@ -191,7 +191,9 @@ def test_what_is_not_settled_is_looked_up(case, monkeypatch):
 
     store = [torch.zeros(1000) for _ in widths]
     assert looked_up(*[x[:5] for x in inputs])
-    assert looked_up(*[s[: 12 * w].view(6, 2 * w)[:, :w] for s, w in zip(store, widths, strict=True)])
+    with monkeypatch.context() as inside:  # on a CPU they would be made dense
+        inside.setattr("rewardzip.running.on_gpu", lambda x: True)
+        assert looked_up(*[s[: 12 * w].view(6, 2 * w)[:, :w] for s, w in zip(store, widths, strict=True)])
     assert looked_up(*[s[1 : 1 + 6 * w].view(6, w) for s, w in zip(store, widths, strict=True)])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -21,7 +21,7 @@ int8, for int8 weights, rounds every row anew before each hidden layer by ``quan
     h = act(norm((q @ weight^T) * (row_scale * scale) + bias))      a row that holds an inf or a NaN becomes NaN
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -225,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     networks = unpack(weights, params, ctx.layers, ctx.members or 1)
     x, compute = joined(inputs, input_scales), compute_type(inputs, weights, ctx.compute_dtype)
     runs = [_forward(x, net.layers, member, compute) for member in networks]
-    grads = grad.float().reshape(-1, x.shape[0], net.layers[-1].width)
+    grads = grad.float().reshape(2 if ctx.reduce == "mean_std" else len(runs), x.shape[0], net.layers[-1].width)
     if ctx.reduce == "mean_std":
         ys = torch.stack([y for y, _ in runs])
         mean, std = _statistics(ys)
@@ -256,7 +256,7 @@ _op = register(
 
 
 def fused_mlp(
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     weights: Tensor,
     params: Tensor,
     layers: str,
@@ -266,7 +266,7 @@ def fused_mlp(
     input_scales: Tensor | None = None,
 ) -> Tensor:
     """The networks packed in ``weights`` and ``params``, over the inputs; reference: ``fused_mlp_reference``."""
-    y: Tensor = _op(inputs, weights, params, layers, members, reduce, compute_dtype, input_scales)
+    y: Tensor = _op(list(inputs), weights, params, layers, members, reduce, compute_dtype, input_scales)
     return y
 
 
