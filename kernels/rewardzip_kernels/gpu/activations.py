@@ -2,8 +2,9 @@
 
 Absolute error against float64 on top of fp32 rounding, as the tests hold it: tanh, sigmoid, silu, elu, gelu_tanh, mish
 and softplus at most 4 * 2^-24 * max(1, |x|), elu times |alpha| above 1 (their ``exp`` is the hardware's, good to 2
-units in the last place); gelu the same through ``erf``; relu and leaky_relu exact. NaN stays NaN in all of them: comparisons pick,
-or a ``maximum`` that is told to pass NaN on, which is one instruction where a comparison and a choice are two.
+units in the last place); gelu the same through ``erf``; relu and leaky_relu exact. NaN stays NaN in all of them:
+comparisons pick, or a ``maximum`` that is told to pass NaN on, which is one instruction where a comparison and a choice
+are two.
 """
 
 import triton
