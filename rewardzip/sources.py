@@ -67,6 +67,7 @@ def mlp_of(state: dict[str, Tensor], activation: str, file: str) -> nn.Sequentia
     if not weights or others or any(len(shape) != 2 for shape in shapes):
         found = {key: tuple(value.shape) for key, value in state.items()}
         raise ValueError(f"{file} is not of an MLP alone: it has {found}")
+    weights = {prefix: weights[prefix] for prefix in _layers_in_order(list(weights), file)}
     for (name, first), (then, second) in pairwise(weights.items()):
         gives, takes = first.shape[0], second.shape[1]
         if gives != takes:
@@ -78,6 +79,17 @@ def mlp_of(state: dict[str, Tensor], activation: str, file: str) -> nn.Sequentia
         linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
         layers += [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1]).eval()
+
+
+def _layers_in_order(prefixes: list[str], file: str) -> list[str]:
+    """By the numbers in their names, where these differ in nothing else; a .pt file keeps the model's own order."""
+    if len({re.sub(r"\d+", "#", prefix) for prefix in prefixes}) == 1:
+        return sorted(prefixes, key=lambda prefix: [int(digits) for digits in re.findall(r"\d+", prefix)])
+    if Path(file).suffix == ".safetensors":
+        raise ValueError(
+            f"{file}: no numbers in the names {prefixes} tell the order of the layers, and the file has none"
+        )
+    return prefixes
 
 
 def _state(file: Path) -> dict[str, Tensor]:
@@ -132,13 +144,23 @@ def _parquet(file: Path) -> dict[str, Tensor]:
         tensors = {name: _float32(torch.from_numpy(column)) for name, column in columns.items()}
     except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as columns of numbers: {error}") from error
-    grouped: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
-        grouped.setdefault(re.sub(r"_\d+$", "", name), []).append(tensor)
+    grouped: dict[str, list[str]] = {}
+    for name in tensors:
+        grouped.setdefault(re.sub(r"_\d+$", "", name), []).append(name)
+    both = [stem for stem, names in grouped.items() if stem in names and len(names) > 1]
+    if both:
+        raise ValueError(
+            f"{file} has the column {both[0]!r} and others with numbers behind that name: {grouped[both[0]]}"
+        )
     return {
-        name: parts[0] if len(parts) == 1 and name in tensors else torch.stack(parts, 1)
-        for name, parts in grouped.items()
+        # by number: many writers put state_10 before state_2
+        stem: tensors[stem] if names == [stem] else torch.stack([tensors[n] for n in sorted(names, key=_last)], 1)
+        for stem, names in grouped.items()
     }
+
+
+def _last(name: str) -> int:
+    return int(name.rpartition("_")[2])
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -116,6 +116,38 @@ def test_an_activation_is_named_behind_the_weights(work):
         load_model("q.pt:swish")
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_more_than_ten_layers_are_in_the_order_of_their_numbers(work, suffix):
+    net = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(6, 6), nn.ReLU()))).append(nn.Linear(6, 1))
+    state = dict(sorted(net.state_dict().items()))
+    torch.save(state, "deep.pt")
+    safetensors.torch.save_file(state, "deep.safetensors")
+    x = torch.randn(5, 6)
+    assert torch.equal(load_model(f"deep.{suffix}")(x), net(x))
+
+
+def test_names_without_numbers_have_an_order_in_pt_alone(work):
+    state = {"out.weight": torch.randn(6, 6), "hidden.weight": torch.randn(6, 6)}
+    torch.save(state, "named.pt")
+    safetensors.torch.save_file(state, "named.safetensors")
+    assert torch.equal(load_model("named.pt")[0].weight, state["out.weight"])
+    with pytest.raises(ValueError, match="tell the order of the layers"):
+        load_model("named.safetensors")
+
+
+def test_columns_are_in_the_order_of_their_numbers(work):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    x = torch.randn(20, 12)
+    columns = {f"x_{i}": x[:, i].tolist() for i in sorted(range(12), key=str)}
+    parquet.write_table(pyarrow.table(columns), "rows.parquet")
+    assert torch.equal(load_data("rows.parquet", nn.Linear(12, 1)).inputs[0], x)
+    parquet.write_table(pyarrow.table({**columns, "x": columns["x_0"]}), "rows.parquet")
+    with pytest.raises(ValueError, match="the column 'x' and others"):
+        load_data("rows.parquet", nn.Linear(12, 1))
+
+
 @pytest.mark.parametrize("form", ["npz", "parquet", "function"])
 def test_data_by_every_name_are_the_same(work, form):
     model, tensors = work
