@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import resume
 from .data import Data
+from .identity import code_hash, data_hash, model_hash
 from .parallel import Team
 
 Loss = Literal["mse", "bradley-terry"] | Callable[[nn.Module, Data], Tensor]
@@ -67,9 +68,11 @@ def fit(
         "seed": seed,
         "early_stop": early_stop,
         "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__),
-        "data": [float(t.double().sum()) for t in rows.tensors()] if checkpoint is not None else None,
+        "loss_code": code_hash(loss),
         "parameters": [tuple(p.shape) for p in parameters],
     }
+    if checkpoint is not None:
+        settings |= {"data": data_hash(rows), "modules": model_hash(model, weights=False)}
     state = resume.read(Path(checkpoint), settings) if checkpoint is not None else None
     rows, held = rows.split(HELD_OUT, seed) if early_stop else (rows, None)
     optimizer = torch.optim.Adam(parameters, learning_rate)

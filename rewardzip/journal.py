@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from .data import Data
 
 FILE = "search.jsonl"
 
@@ -19,7 +13,7 @@ FILE = "search.jsonl"
 class Journal:
     """What has been measured, by key. Without a folder it is kept in memory alone."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, subject: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, subject: dict[str, Any]) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self.file = None if folder is None else Path(folder) / FILE
         if self.file is None:
@@ -31,11 +25,13 @@ class Journal:
             # a line cut short by a kill is a measurement that was not made
             whole = text[: text.rfind(b"\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
+        theirs = lines[0]["subject"] if lines else subject
+        changed = [key for key in subject if not isinstance(theirs, dict) or theirs.get(key) != subject[key]]
+        if changed:
+            raise ValueError(f"search: {self.file} is of another {' and another '.join(changed)}; give another folder")
         if not lines:
             self.file.write_bytes(b"")
             self._append({"subject": subject})
-        elif lines[0] != {"subject": subject}:
-            raise ValueError(f"search: {self.file} is of another model, data or seed; give another folder")
         elif len(whole) < self.file.stat().st_size:
             os.truncate(self.file, len(whole))
         self.entries = {line["key"]: line for line in lines[1:]}
@@ -50,18 +46,3 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-
-
-def fingerprint(model: nn.Module, data: Data, *others: object) -> str:
-    """The same for the same weights, rows and others."""
-    digest = hashlib.sha256(repr(others).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    for tensor in (*data.inputs, *(() if data.rewards is None else (data.rewards,)), *(data.rejected or ())):
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:32]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

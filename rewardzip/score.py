@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .checkpoint import load
-from .score_folder import fingerprint, open_folder
+from .identity import model_hash
+from .score_folder import open_folder
 from .score_parts import leftover, score_parts
 from .score_plan import Columns, Inputs, Plan, make_plan
 from .score_rows import Scorer, placement
@@ -100,7 +101,7 @@ def score(
     if batch_size < 1:
         raise ValueError(f"score: batch_size is {batch_size}; it must be 1 or more")
     scorer = Scorer(model, plan, batch_size, strict)
-    settings = {"model": fingerprint(model), "device": device, "batch_size": batch_size, "part_rows": part_rows}
+    settings = {"model": model_hash(model), "device": device, "batch_size": batch_size, "part_rows": part_rows}
     with open_folder(folder, plan, settings):
         missing, told, done = leftover(plan, folder)
         start = time.perf_counter()

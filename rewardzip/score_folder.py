@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,26 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from .fuse import original_class
 from .score_plan import Plan
 
 MANIFEST = "_rewardzip.json"
 WORK = "_ray"
 TEMPORARY = re.compile(r"\.(part|manifest)-.*\.tmp")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The same for the same modules with the same numbers."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        digest.update(f"{name}:{original_class(module).__qualname__}({module.extra_repr()})\n".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from .evaluate import Returns, evaluate, worst
 from .fidelity import LEAST_ROWS, Figure, compare
 from .footprint import size
 from .gate import Gate
-from .journal import Journal, fingerprint
+from .identity import code_hash, data_hash, model_hash
+from .journal import Journal
 from .progress import shown
 from .recipe import run_steps
 from .report import Candidate, Report
@@ -93,8 +94,8 @@ def search(
     tried = tuple(tuple(recipe) for recipe in (candidates(model, rows) if recipes is None else recipes))
     if not tried:
         raise ValueError("search: there are no recipes to try")
-    followed = None if next_states is None else float(next_states.double().sum())
-    journal = Journal(folder, fingerprint(model, data, seed, batch, followed, discount))
+    subject = {"model": model_hash(model), "data": data_hash(data, [next_states])} if folder else {}
+    journal = Journal(folder, {**subject, "seed": seed, "batch": batch, "discount": discount})
     bench = _Bench(model, rows, chooses, gate, batch, returns, seed, next_chooses, discount)
     with shown("search", budget, progress) as show:
         trials = _halving(bench, tried, journal, budget, show)
@@ -176,7 +177,7 @@ class _Bench:
             calls = {"before": lambda: self.model(*self.timed), "after": lambda: small(*self.timed)}
             taken = interleaved(calls, device_of(small), SECONDS)
         played = None
-        if self.returns and RUNGS[rung] == 1:
+        if self.returns and at(recipe, RUNGS[rung]) == recipe:
             played = float(torch.as_tensor(self.returns(small), dtype=torch.float64).mean())
         return {
             "smaller": self.disk / size(small).disk,
@@ -214,6 +215,9 @@ def _halving(
         for recipe in running:
             steps = at(recipe, RUNGS[rung])
             key = f"{rung} {json.dumps([step.to_dict() for step in steps])}"
+            if bench.returns and steps == recipe:
+                # what was measured without them, or by another function, is measured again
+                key += f" {code_hash(bench.returns)}"
             known = [t for t in trials if at(t.recipe, RUNGS[t.rung]) == steps]
             if known:  # nothing in it is trained
                 done += known[:1]

@@ -212,12 +212,16 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     data, folder = transitions(), tmp_path / "run"
     rz.fit(rz.RewardMLP(3, 2), data, steps=3, progress=False, checkpoint=folder)
     other = (*data[:2], data[2] + 1)
+    tanh = rz.RewardMLP(3, 2)
+    tanh.net[1] = nn.Tanh()
     for change, match in (
         ({"steps": 4}, "steps=3, this one 4"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"loss": lambda m, b: m(*b.inputs).mean()}, "loss='mse'"),
         ({"seed": 1}, "seed=0, this one 1"),
         ({"data": other}, "data="),
+        ({"data": (*data[:2], data[2].flip(0))}, "data="),
+        ({"model": tanh}, "modules="),
         ({"model": rz.RewardMLP(3, 2, (5,))}, "parameters="),
     ):
         settings = {"model": rz.RewardMLP(3, 2), "data": data, "steps": 3, **change}

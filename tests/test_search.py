@@ -1,5 +1,6 @@
 """``rz.search`` on steps whose worth is known: what it chooses, what it refuses, and what a kill leaves."""
 
+import copy
 import importlib
 import json
 import os
@@ -210,9 +211,22 @@ def test_a_process_killed_in_a_round_loses_nothing(tmp_path):
 
 def test_the_folder_of_another_search_is_refused(case, tmp_path):
     find(case, [(Cut(64),)], folder=tmp_path)
-    other = rz.RewardMLP(6, 2, (256,)), case[1]
-    with pytest.raises(ValueError, match="another model, data or seed"):
-        find(other, [(Cut(64),)], folder=tmp_path)
+    model, data = case
+    other = rz.RewardMLP(6, 2, (256,))
+    tanh = copy.deepcopy(model)
+    tanh.net[1] = nn.Tanh()
+    for given, said in (((other, data), "another model;"), ((tanh, data), "another model;"), (case, "another seed;")):
+        with pytest.raises(ValueError, match=said):
+            find(given, [(Cut(64),)], folder=tmp_path, seed=int(given is case))
+
+
+def test_returns_that_were_not_asked_for_before_are_measured_now(case, tmp_path):
+    def played(**more):
+        return {c.returns for c in find(case, [(Cut(64, steps=0),)], folder=tmp_path, **more).report.front[1:]}
+
+    assert played() == {None}
+    assert played(returns=lambda model: 3.0) == {3.0}
+    assert played(returns=lambda model: 4.0) == {4.0}
 
 
 def test_the_budget_is_kept(case, tmp_path, monkeypatch):
