@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .models import MLP, RewardMLP, input_widths
+
 
 @dataclass(frozen=True)
 class Data:
@@ -52,15 +54,22 @@ class Data:
     def of(cls, model: nn.Module, data: Data | Sequence[Tensor] | Tensor) -> Data:
         """What was given, as ``Data``: the model's signature says which tensors are its inputs."""
         if isinstance(data, Data):
+            _check_widths(model, data.inputs)
             return data
         tensors = (data,) if isinstance(data, Tensor) else tuple(data)
         if not all(isinstance(t, Tensor) for t in tensors):
             raise TypeError(f"data: takes tensors, got {[type(t).__name__ for t in tensors]}")
         fewest, most = _positional(model)
-        if fewest <= len(tensors) <= most:
-            return cls(tensors)
-        if fewest <= len(tensors) - 1 <= most:
-            return cls(tensors[:-1], tensors[-1])
+        all_inputs, rewards_last = (fewest <= count <= most for count in (len(tensors), len(tensors) - 1))
+        if all_inputs and rewards_last and tensors[-1].shape[1:] in ((), (1,)):
+            raise ValueError(
+                f"data: the last of {len(tensors)} tensors is {tuple(tensors[-1].shape)}, which may be rewards or an "
+                f"input that {type(model).__name__} can do without; say rz.Data(inputs, rewards) or rz.Data(inputs)"
+            )
+        if all_inputs or rewards_last:
+            inputs = tensors if all_inputs else tensors[:-1]
+            _check_widths(model, inputs)
+            return cls(inputs, None if all_inputs else tensors[-1])
         takes = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         raise ValueError(
             f"data: {type(model).__name__} takes {takes} inputs, and rewards may follow; got {len(tensors)} tensors"
@@ -112,10 +121,23 @@ class Data:
 
 def _positional(model: nn.Module) -> tuple[int, float]:
     """The least and the largest number of inputs that ``model`` takes by position."""
+    if isinstance(model, MLP):
+        return len(model.inputs), len(model.inputs)
     kinds = inspect.Parameter
     parameters = list(inspect.signature(model.forward).parameters.values())
     places = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
     fewest = sum(p.default is kinds.empty for p in places)
     if any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
         return max(fewest, 1), float("inf")
-    return fewest, len(places)
+    return max(fewest, 1), len(places)
+
+
+def _check_widths(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Of a model that joins its inputs, which any order of them fits."""
+    for place, (width, tensor) in enumerate(zip(input_widths(model), inputs, strict=False)):
+        found = tensor.shape[-1] if isinstance(model, RewardMLP) else tensor[:1].numel()
+        if found != width:
+            raise ValueError(
+                f"data: input {place} has the shape {tuple(tensor.shape)}, "
+                f"{type(model).__name__} takes {width} numbers a row there"
+            )

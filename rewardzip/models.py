@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .fuse import original_class
+
 
 class RewardMLP(nn.Module):
     """state [..., S], action [..., A] -> reward [...]: concatenation, Linear and ReLU per hidden width, one output."""
@@ -47,3 +49,12 @@ class MLP(nn.Module):
         rows = [x if x.dim() == 2 else x.flatten(1) for x in inputs]
         out: Tensor = self.net(rows[0] if len(rows) == 1 else torch.cat(rows, 1))
         return out.squeeze(1) if self.outputs is None else out
+
+
+def input_widths(model: nn.Module) -> tuple[int, ...]:
+    """The numbers a row has in each input, where the model's class says so."""
+    # another forward may take other inputs
+    forward = original_class(model).forward
+    if isinstance(model, RewardMLP) and forward is RewardMLP.forward:
+        return model.state_dim, model.action_dim
+    return model.inputs if isinstance(model, MLP) and forward is MLP.forward else ()

@@ -17,6 +17,7 @@ from torch import nn
 
 from .checkpoint import load
 from .identity import model_hash
+from .models import input_widths
 from .score_folder import open_folder
 from .score_parts import leftover, score_parts
 from .score_plan import Columns, Inputs, Plan, make_plan
@@ -90,6 +91,9 @@ def score(
     else:
         model = load(model, device="cuda" if torch.cuda.is_available() and not on_ray else None)
     model.eval()
+    takes = input_widths(model)
+    if takes and list(takes) != plan.widths:
+        raise ValueError(f"score: the columns are {plan.widths} wide, {type(model).__name__} takes {list(takes)}")
     if on_ray:
         from .score_ray import cluster_device
 

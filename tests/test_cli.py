@@ -222,7 +222,7 @@ def test_inspect_for_machines(work):
         (("evaluate", "named_by_test:missing", "fast", "rows.npz"), "cannot be imported"),
         (("evaluate", "named_by_test:wrong", "fast", "rows.npz"), "gives int, not a torch.nn.Module"),
         (("evaluate", "dense", "fast", "rows.npz", "--agreement", "99"), "agreement is 99"),
-        (("evaluate", "dense", "fast", "wide.npz"), "does not take inputs of the shapes"),
+        (("evaluate", "dense", "fast", "wide.npz"), "RewardMLP takes 3 numbers"),
         (("evaluate", "dense", "fast", "nan.npz"), "rows of input 0 hold inf or NaN"),
         (("evaluate", "dense", "fast", "few.npz"), "50 rows are too few"),
         (("evaluate", "pickle.pt", "fast", "rows.npz"), "cannot be read as weights alone"),
