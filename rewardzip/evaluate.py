@@ -65,8 +65,7 @@ def evaluate(
         inputs = tuple(t.to(device) for t in data.inputs)
         old, new = outputs(before, inputs), outputs(after, inputs)
         _check_outputs(data, old, new)
-        if next_states is not None and old.shape[1] > 1:
-            raise ValueError(f"evaluate: EPIC compares rewards; the model has {old.shape[1]} outputs")
+        epic = _transitions(inputs, next_states, old.shape[1], discount, seed)
         show(*next(now))
         checks = [finite(new), varies(new), batch_invariance(before, after, inputs, old, new, batches)]
         sound = all(check.passed for check in checks[:2])
@@ -77,11 +76,12 @@ def evaluate(
         if sound and old.shape[1] > 1:
             same = old.argmax(1) == new.argmax(1)
             figures = {"greedy": Figure.mean(same[rows].double(), seed), **figures}
-        epic = None if old.shape[1] > 1 else Transitions.of(inputs, next_states, discount=discount, seed=seed)
         if sound and epic is not None:
             canonical = [epic.canonical(reward_of(model, len(inputs))) for model in (before, after)]
             figures["epic"] = epic.distance(canonical[0], canonical[1])
-        truth = _against_truth(before, after, data, (old, new), rows, seed) if sound else {}
+        untold = _says_nothing(data, old.shape[1], rows)
+        judged = data if untold is None else Data(data.inputs, None, data.rejected)
+        truth = _against_truth(before, after, judged, (old, new), rows, seed) if sound else {}
         show(*next(now))
         layers = layer_errors(before, after, tuple(t[:LAYER_ROWS] for t in inputs)) if sound else {}
         show(*next(now))
@@ -107,7 +107,17 @@ def evaluate(
         flips=tuple(flips_by_margin(old[rows][:, 0], new[rows][:, 0], seed=seed)) if sound else (),
         gate=gate,
         sample=Sample(old[rows[:SAMPLE]].float(), new[rows[:SAMPLE]].float()),
+        notes=() if untold is None else (f"not judged against the rewards in the data: {untold}",),
     )
+
+
+def check_original(model: nn.Module, data: Data, next_states: Tensor | None = None) -> None:
+    """Raise, before anything is spent on another model, what ``evaluate`` would of this one and the data."""
+    inputs = tuple(t.to(device_of(model)) for t in data.inputs)
+    with eval_mode(model):
+        old = outputs(model, inputs)
+    _check_outputs(data, old, old)
+    _transitions(inputs, next_states, old.shape[1])
 
 
 def worst(each: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
@@ -132,10 +142,34 @@ def _check_outputs(data: Data, old: Tensor, new: Tensor) -> None:
             raise ValueError(
                 f"evaluate: {which} of the original is {float(column[0]):g} for all rows: no order to keep"
             )
-    if data.rewards is not None and data.rewards.numel() != old.numel():
+    if data.rewards is not None and data.rewards.numel() != old.numel() and not _are_labels(data, old.shape[1]):
         raise ValueError(
             f"evaluate: the rewards are {tuple(data.rewards.shape)}, the model gives {old.shape[1]} outputs a row"
         )
+
+
+def _transitions(
+    inputs: Sequence[Tensor], next_states: Tensor | None, width: int, discount: float = 0.99, seed: int = 0
+) -> Transitions | None:
+    if next_states is not None and width > 1:
+        raise ValueError(f"evaluate: EPIC compares rewards; the model has {width} outputs")
+    return None if width > 1 else Transitions.of(inputs, next_states, discount=discount, seed=seed)
+
+
+def _are_labels(data: Data, width: int) -> bool:
+    rewards = data.rewards
+    return rewards is not None and rewards.numel() == len(data) and width > 1 and not rewards.is_floating_point()
+
+
+def _says_nothing(data: Data, width: int, rows: Tensor) -> str | None:
+    """Why the rewards in the data put no rows in an order."""
+    if data.rewards is None:
+        return None
+    if _are_labels(data, width):
+        return f"they are labels, one for {width} outputs"
+    true = data.rewards.cpu().reshape(len(data), -1)[rows]
+    constant = [float(column[0]) for column in true.T if column.min() == column.max()]
+    return f"they are {constant[0]:g} for all {len(rows)} rows" if constant else None
 
 
 def _against_truth(

@@ -68,12 +68,14 @@ def compress(
         raise ValueError("compress: a gate needs data to judge by, and there is none")
     if next_states is not None and (given is None or len(next_states) != len(given)):
         raise ValueError(f"compress: there are {len(next_states)} next states for {len(given or ())} rows")
+    after = None if next_states is None else Data((next_states,)).split(HELD_OUT, seed)[1].inputs[0]
+    if held is not None:
+        from .evaluate import check_original, evaluate
+
+        check_original(model, held, after)
     small, notes = run_steps(model, steps, rows, seed=seed, progress=progress)
     report = None
     if held is not None:
-        from .evaluate import evaluate
-
-        after = None if next_states is None else Data((next_states,)).split(HELD_OUT, seed)[1].inputs[0]
         report = evaluate(model, small, held, gate=gate, next_states=after, discount=discount, progress=progress)
     return Result(small, report, steps, notes)
 

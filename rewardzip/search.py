@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .candidates import at, candidates, title
 from .data import Data
 from .epic import Transitions, reward_of
-from .evaluate import Returns, evaluate, worst
+from .evaluate import Returns, check_original, evaluate, worst
 from .fidelity import LEAST_ROWS, Figure, compare
 from .footprint import size
 from .gate import Gate
@@ -91,6 +91,7 @@ def search(
     rows, held = data.split(HELD_OUT, seed)
     chooses, judges = held.split(0.5, seed)
     next_chooses, next_judges = _beside(next_states, data, seed)
+    check_original(model, judges, next_judges)
     tried = tuple(tuple(recipe) for recipe in (candidates(model, rows) if recipes is None else recipes))
     if not tried:
         raise ValueError("search: there are no recipes to try")
@@ -122,7 +123,8 @@ def search(
             progress=False,
         )
     front = front_of(trials, None if dense else chosen)
-    report = replace(report, front=front, notes=notes_on(trials, chosen, dense, bench.failed))
+    notes = *notes_on(trials, chosen, dense, bench.failed), *report.notes
+    report = replace(report, front=front, notes=notes)
     return Found(small, recipe, report, report.passed and chosen.excess <= 1)
 
 

@@ -32,7 +32,9 @@ def judged(monkeypatch):
         calls.append((before, after, data, gate) if next_states is None else (data, next_states, discount))
         return f"report {len(calls)}"
 
-    monkeypatch.setitem(sys.modules, "rewardzip.evaluate", types.SimpleNamespace(evaluate=evaluate))
+    monkeypatch.setitem(
+        sys.modules, "rewardzip.evaluate", types.SimpleNamespace(evaluate=evaluate, check_original=lambda *given: None)
+    )
     return calls
 
 
@@ -250,3 +252,38 @@ def test_a_file_may_name_every_step():
     names = ("Prune", "Quantize", "LowRank", "Share", "Distil", "FineTune")
     code = f"import rewardzip.recipe; from rewardzip.steps import STEPS; assert set({names}) <= set(STEPS), STEPS"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_would_stop_the_report_is_said_before_any_work(monkeypatch, model):
+    monkeypatch.setattr(rz.Quantize, "apply", lambda *given: pytest.fail("it was run"))
+    data = rows(1000)
+    state, action = data.inputs
+    constant = nn.Sequential(nn.Linear(6, 1))
+    nn.init.zeros_(constant[0].weight)
+    for given, said, more in (
+        (data, "EPIC: states, actions and next states", {"next_states": action}),
+        (rz.Data(data.inputs, torch.randn(1000, 2)), "the rewards are", {}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            rz.compress(model, [rz.Quantize(8)], given, progress=False, **more)
+    with pytest.raises(ValueError, match="for all rows: no order to keep"):
+        rz.compress(constant, [rz.Quantize(8)], state, progress=False)
+
+
+@pytest.mark.parametrize("find", [rz.search, rz.compress])
+def test_rewards_that_are_all_equal_are_left_out_of_the_report(model, find):
+    data = rows(2000)
+    given = {"recipes": [[rz.Quantize(8)]], "budget": 5} if find is rz.search else {"recipe": [rz.Quantize(8)]}
+    report = find(model, data=rz.Data(data.inputs, torch.zeros(2000)), progress=False, **given).report
+    assert report.truth == {}
+    assert any("not judged against the rewards in the data: they are 0 for all" in note for note in report.notes)
+
+
+def test_labels_are_no_truth_for_several_outputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    steps = [rz.Distil((8,), form="softmax", steps=2)]
+    data = rz.Data((torch.randn(600, 6),), torch.randint(3, (600,)))
+    report = rz.compress(model, steps, data, progress=False).report
+    assert report.truth == {}
+    assert any("they are labels, one for 3 outputs" in note for note in report.notes)

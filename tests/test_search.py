@@ -290,10 +290,10 @@ def test_next_states_go_with_their_rows(case, monkeypatch):
     state = case[1][0]
     found = find(case, [(Cut(192),)], next_states=state + 1)
     assert {"epic"} <= set(found.report.figures)
-    # of the rows that choose, and of those that judge
-    assert len(seen) == 2
+    # of the rows that choose, and of those that judge, which are looked at before any work as well
+    assert len(seen) == 3
     assert all(torch.equal(inputs[0] + 1, followed) for inputs, followed in seen)
-    assert not torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[1][1], seen[2][1])
     with pytest.raises(ValueError, match="1199 next states for 1200 rows"):
         find(case, [(Cut(192),)], next_states=state[1:])
 
