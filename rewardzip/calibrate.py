@@ -9,29 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from .data import Data
+from .running import answer, device_of, eval_mode
 
 ROWS = 2048
 """Enough to see the range and the correlations of a layer's inputs, few enough to hold them for every layer."""
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: its first parameter or buffer says."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
 @torch.no_grad()
 def run(model: nn.Module, data: Data, size: int = 8192) -> Tensor:
     """The model's outputs for all rows, in eval mode, where the model is."""
-    flags = {module: module.training for module in model.modules()}
     device = device_of(model)
-    model.eval()
-    try:
-        return torch.cat([model(*batch.to(device).inputs) for batch in data.batches(size)])
-    finally:
-        for module, training in flags.items():
-            module.training = training
+    with eval_mode(model):
+        return torch.cat([answer(model, *batch.to(device).inputs) for batch in data.batches(size)])
 
 
 def layer_inputs(model: nn.Module, names: Iterable[str], data: Data) -> dict[str, Tensor]:

@@ -168,6 +168,15 @@ def linears(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Linear]:
     return found
 
 
+def check_packable(kind: str, layers: dict[str, nn.Linear]) -> None:
+    """That the kernels know the layers' type, before a step trains what can then not be packed."""
+    for name, layer in layers.items():
+        if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"{kind}: layer {name!r} is {layer.weight.dtype}; what is packed must be float32, float16 or bfloat16"
+            )
+
+
 def settle_masked(model: Model, *, inplace: bool = False) -> Model:
     """The model with the masks it held made plain zeros: a copy, or itself where no layer holds one."""
     if not any(map(masks, model.modules())):

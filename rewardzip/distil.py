@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .calibrate import device_of, run
+from .calibrate import run
 from .data import Data
 from .fidelity import pair_agreement
 from .finetune import Blended, can_blend
 from .fit import fit
 from .models import MLP, RewardMLP
+from .running import device_of
 from .steps import Step, Work
 from .teach import Form, check_form, distil, task_loss
 
@@ -98,6 +99,11 @@ class Distil(Step):
             if isinstance(self.student, str):
                 module, _, function = self.student.partition(":")
                 student: nn.Module = getattr(importlib.import_module(module), function)()
+            elif other := [t.dtype for t in data.inputs if t.dtype != torch.float32]:
+                raise ValueError(
+                    f"Distil: a student of widths takes float32, the data has {other[0]}; name one that takes it, "
+                    "student='package.module:function'"
+                )
             elif isinstance(model, RewardMLP):
                 student = RewardMLP(model.state_dim, model.action_dim, self.student)
             else:

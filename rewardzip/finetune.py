@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .calibrate import run
 from .data import Data
 from .fit import fit
+from .running import answer
 from .steps import Step, Work
 
 
@@ -88,7 +89,11 @@ def with_targets(teacher: nn.Module, data: Data) -> Data:
 def imitate(model: nn.Module, batch: Data) -> Tensor:
     """The squared error against targets put there by ``with_targets``."""
     sides = [batch.inputs] if batch.rejected is None else [batch.inputs, batch.rejected]
-    errors = [F.mse_loss(out.float(), side[-1].to(out.device).float()) for side in sides for out in [model(*side[:-1])]]
+    errors = [
+        F.mse_loss(out.float(), side[-1].to(out.device).float())
+        for side in sides
+        for out in [answer(model, *side[:-1])]
+    ]
     return torch.stack(errors).mean()
 
 
@@ -107,8 +112,8 @@ class Blended:
         for side in [batch.inputs] if batch.rejected is None else [batch.inputs, batch.rejected]:
             mixed = blended(side)
             with torch.no_grad(), torch.autocast(mixed[0].device.type, enabled=False):
-                wanted = self.teacher(*mixed)
-            out = model(*mixed)
+                wanted = answer(self.teacher, *mixed)
+            out = answer(model, *mixed)
             errors.append(F.mse_loss(out.float(), wanted.to(out.device).float()))
         return torch.stack(errors).mean()
 

@@ -16,6 +16,7 @@ from . import resume
 from .data import Data
 from .identity import code_hash, data_hash, model_hash
 from .parallel import Team
+from .running import answer
 
 Loss = Literal["mse", "bradley-terry"] | Callable[[nn.Module, Data], Tensor]
 
@@ -159,14 +160,20 @@ def value(model: nn.Module, batch: Data, loss: Loss) -> Tensor:
         return loss(model, batch)
     if loss == "bradley-terry":
         assert batch.rejected is not None
-        margin = model(*batch.inputs) - model(*batch.rejected)
+        margin = answer(model, *batch.inputs) - answer(model, *batch.rejected)
         return -F.logsigmoid(margin.float()).mean()
     assert batch.rewards is not None
-    reward, wanted = model(*batch.inputs), batch.rewards
+    reward = answer(model, *batch.inputs)
+    wanted = as_wide(batch.rewards, reward)
     if reward.shape != wanted.shape:
         raise ValueError(f"fit: the model gives {tuple(reward.shape)}, the rewards are {tuple(wanted.shape)}")
     # a model spread over devices answers from the last
     return F.mse_loss(reward.float(), wanted.to(reward.device).float())
+
+
+def as_wide(rewards: Tensor, out: Tensor) -> Tensor:
+    """One reward a row, [rows] or [rows, 1], in the shape of a model's one output."""
+    return rewards.reshape(out.shape) if rewards.numel() == out.numel() == len(out) else rewards
 
 
 @torch.no_grad()

@@ -249,7 +249,8 @@ def _runs(model: nn.Module, data: Data, gradients: bool = False) -> Iterator[Any
         for batch in data.batches(BATCH):
             with torch.set_grad_enabled(gradients):
                 outputs = model(*(t.to(device) for t in batch.inputs))
-            yield outputs
+            # of an object with several parts the logits
+            yield getattr(outputs, "logits", outputs)
     finally:
         for module, training in flags.items():
             module.training = training

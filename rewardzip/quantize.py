@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rewardzip_kernels.quantize import TINY
 
 from .calibrate import layer_inputs, layer_outputs
-from .constraints import Grid, Mask, constrain, constraint_of, linears, settle
+from .constraints import Grid, Mask, check_packable, constrain, constraint_of, linears, settle
 from .data import Data
 from .nn import CompressedLinear, GridLinear, Int8Linear
 from .steps import Step, Work
@@ -82,15 +82,18 @@ class Quantize(Step):
         return self.per != "group" and (self.scheme == "symmetric" or self.bits < 8)
 
     def check(self, model: nn.Module, data: Data | None) -> None:
+        check_packable("Quantize", self._layers(model))
         wanted = [self.activations == "static" and "static activations", self.correct_bias and "bias correction"]
         wanted += [self.rounding == "compensated" and "compensated rounding"]
         if data is None and any(wanted):
             raise ValueError(f"Quantize: {next(filter(None, wanted))} needs data, and compress was given none")
 
-    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+    def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         layers = linears(model, self.skip)
-        if not self.scalar_outputs:
-            layers = {name: layer for name, layer in layers.items() if layer.out_features > 1}
+        return {name: layer for name, layer in layers.items() if self.scalar_outputs or layer.out_features > 1}
+
+    def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        layers = self._layers(model)
         if not layers:
             work.notes.append("Quantize: no layer to quantise; those there are have one output, hooks, or are skipped")
             return model

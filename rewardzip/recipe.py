@@ -22,6 +22,7 @@ from .prune import Prune
 from .quantize import Quantize  # noqa: F401, a file may name it
 from .share import Share
 from .steps import Step, Work, from_dict
+from .transposed import as_linears, as_they_were
 
 HELD_OUT = 0.2
 """The share of the rows that the report is made from."""
@@ -90,7 +91,8 @@ def run_steps(
     packed = [name for name, m in model.named_modules() if isinstance(m, CompressedLinear)]
     if packed:
         raise ValueError(f"compress: layer {packed[0]!r} is packed already; give the dense model, or rz.restore it")
-    met = model
+    small, transposed = as_linears(copied(model))
+    met = small
     for step in steps:
         step.check(met, data)
         if isinstance(step, Distil) and data is not None:
@@ -98,13 +100,12 @@ def run_steps(
             met = step.make(model, data, seed)
     work = Work(copied(model).eval(), data, seed, progress)
     console = Console(quiet=not progress)
-    small = copied(model)
     for place, step in enumerate(steps, 1):
         console.print(f"{place}/{len(steps)} {step}", markup=False, highlight=False)
         small = step.apply(small, work)
     for step in steps:
         small = step.pack(small, work)
-    return settle(small).eval(), tuple(work.notes)
+    return as_they_were(settle(small), transposed).eval(), tuple(work.notes)
 
 
 def check_order(steps: Sequence[Step]) -> None:

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor, nn
 
 
+def answer(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """What the model gives for the inputs: a tensor, or the logits of an object that has some."""
+    given = model(*inputs)
+    found = getattr(given, "logits", given)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{type(model).__name__} gives {type(found).__name__}, not a tensor or an object with logits")
+    return found
+
+
 def outputs(model: nn.Module, inputs: Sequence[Tensor], batch: int = 4096) -> Tensor:
     """[rows, outputs] in float64 on the CPU."""
     parts = []

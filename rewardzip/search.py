@@ -232,8 +232,9 @@ def _halving(
                 show(f"round {rung + 1}, {len(done) + 1}/{len(running)}: {title(steps)}", spent)
                 try:
                     measured = bench(recipe, rung)
-                except ValueError as error:
-                    bench.failed.append(f"{title(recipe)}: {error}")
+                except Exception as error:  # whatever the model's own code raises: the other recipes go on
+                    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                    bench.failed.append(f"{title(recipe)}: {kind}{error}")
                     continue
                 journal.add(key, measured)
             done.append(trial_of(recipe, rung, journal.entries[key], bench.gate))

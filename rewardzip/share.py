@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from .calibrate import layer_inputs
 from .clustering import clusters
-from .constraints import Codebook, Mask, constrain, constraint_of, is_constrained, linears, settle
+from .constraints import Codebook, Mask, check_packable, constrain, constraint_of, is_constrained, linears, settle
 from .data import Data
 from .fuse import MODULES
 from .nn import SharedLinear
@@ -46,6 +46,8 @@ class Share(Step):
             raise ValueError(f"Share: similarity is {self.similarity}; it must be from -1 to 1")
 
     def check(self, model: nn.Module, data: Data | None) -> None:
+        if self.of == "weights":
+            check_packable("Share", linears(model, self.skip))
         if self.of == "neurons":
             Work(model, data).needs_data(self)
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calibrate import device_of, layer_outputs, run
+from .calibrate import layer_outputs, run
 from .data import Data
-from .fit import fit
+from .fit import as_wide, fit
+from .running import answer, device_of
 
 Form = Literal["regression", "pairwise", "softmax"]
 
@@ -132,8 +133,7 @@ class _Both(nn.Module):
         return note
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.student(*inputs)
-        return out
+        return answer(self.student, *inputs)
 
     def unhook(self) -> None:
         for hook in self.hooks:
@@ -154,8 +154,8 @@ def _all_outputs(teacher: nn.Module, names: list[str], data: Data) -> list[Tenso
 def task_loss(model: nn.Module, batch: Data) -> Tensor:
     """What the student is trained on without a teacher."""
     if batch.rejected is not None:
-        return -F.logsigmoid((model(*batch.inputs) - model(*batch.rejected)).float()).mean()
-    return _task(model(*batch.inputs), batch)
+        return -F.logsigmoid((answer(model, *batch.inputs) - answer(model, *batch.rejected)).float()).mean()
+    return _task(answer(model, *batch.inputs), batch)
 
 
 def _task(out: Tensor, batch: Data) -> Tensor:
@@ -163,9 +163,10 @@ def _task(out: Tensor, batch: Data) -> Tensor:
     assert batch.rewards is not None
     if not batch.rewards.is_floating_point() and out.dim() == 2:
         return F.cross_entropy(out.float(), batch.rewards.to(out.device).long())
-    if out.shape != batch.rewards.shape:
+    wanted = as_wide(batch.rewards, out)
+    if out.shape != wanted.shape:
         raise ValueError(f"distil: the student gives {tuple(out.shape)}, the rewards are {tuple(batch.rewards.shape)}")
-    return F.mse_loss(out.float(), batch.rewards.to(out.device).float())
+    return F.mse_loss(out.float(), wanted.to(out.device).float())
 
 
 def check_form(form: Form, out: Tensor) -> None:

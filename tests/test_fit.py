@@ -84,7 +84,7 @@ def test_flags_and_progress(capsys):
         (lambda s, a, r: (s, a, r * torch.nan), "512 of the 512 rows of rewards hold inf or NaN"),
         (lambda s, a, r: (s / 0, a, r), "rows of input 0 hold inf or NaN"),
         (lambda s, a, r: rz.Data((s, a)), "'mse' needs rewards"),
-        (lambda s, a, r: (s, a, r[:, None]), r"the model gives \(256,\), the rewards are \(256, 1\)"),
+        (lambda s, a, r: (s, a, torch.stack([r, r], 1)), r"the model gives \(256,\), the rewards are \(256, 2\)"),
     ],
 )
 def test_bad_data(change, match):
@@ -323,3 +323,15 @@ def test_the_answer_may_come_from_another_device():
 
     loss = value(Elsewhere(), rz.Data((torch.randn(4, 3),), torch.randn(4, 1)), "mse")
     assert loss.device.type == "meta"
+
+
+def test_one_reward_a_row_may_have_a_dimension_of_its_own():
+    state, action, reward = transitions()
+    kept = []
+    for column in (reward, reward[:, None]):
+        torch.manual_seed(0)
+        model = rz.RewardMLP(3, 2)
+        kept.append(rz.fit(model, (state, action, column), steps=5, progress=False))
+    assert kept[0] == kept[1]
+    net = nn.Sequential(nn.Linear(3, 1))
+    assert len(rz.fit(net, (state, reward), steps=2, progress=False)) == 2

@@ -287,3 +287,79 @@ def test_labels_are_no_truth_for_several_outputs():
     report = rz.compress(model, steps, data, progress=False).report
     assert report.truth == {}
     assert any("they are labels, one for 3 outputs" in note for note in report.notes)
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Speaking(nn.Module):
+    """A model that answers as transformers' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 1))
+
+    def forward(self, x):
+        return Answer(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (rz.Distil((8,), steps=2),),
+        (rz.Distil((8,), steps=2, task=0.0, blend=True),),
+        (rz.Quantize(8), rz.FineTune(2)),
+        (rz.Quantize(8), rz.FineTune(2, blend=True)),
+        (rz.Quantize(8), rz.FineTune(2, towards="rewards")),
+        (rz.Quantize(8, activations="static"),),
+        (rz.Prune("unstructured", 0.5, importance="second-order"),),
+    ],
+    ids=lambda steps: " ".join(type(step).__name__ for step in steps),
+)
+def test_models_that_answer_with_logits(steps):
+    torch.manual_seed(0)
+    x = torch.randn(600, 6)
+    assert rz.compress(Speaking(), steps, rz.Data((x,), x[:, :1]), progress=False).report.figures
+
+
+def test_float64_is_refused_before_any_work(model, monkeypatch):
+    monkeypatch.setattr(rz.FineTune, "apply", lambda *given: pytest.fail("it was run"))
+    data = rows(600)
+    double = rz.Data([t.double() for t in data.inputs])
+    big = type(model)(6, 2).double()
+    for steps, said in (
+        ([rz.LowRank(rank=2), rz.FineTune(5), rz.Quantize(8)], r"Quantize: layer 'net.0' is torch.float64"),
+        ([rz.LowRank(rank=2), rz.FineTune(5), rz.Share()], r"Share: layer 'net.0' is torch.float64"),
+        ([rz.Distil((8,)), rz.FineTune(5)], r"takes float32, the data has torch.float64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            rz.compress(big, steps, double, progress=False)
+
+
+def test_the_transposed_layers_of_gpt2_are_compressed_and_those_left_stay_of_their_class():
+    class Conv1D(nn.Module):
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv1D(16, 6), nn.ReLU(), Conv1D(16, 16), nn.ReLU(), Conv1D(1, 16)).requires_grad_(False)
+    x = torch.randn(50, 6)
+    small, _ = run_steps(net, [rz.Quantize(8, skip=("2",))], None, progress=False)
+    assert set(packed(small)) == {"0"}
+    assert type(small[2]) is type(net[2])
+    assert torch.equal(small[2].weight, net[2].weight)
+    assert float((small(x) - net(x)).abs().max() / net(x).std()) < 0.05
+    thin, _ = run_steps(net, [rz.Prune("neurons", 0.5)], None, progress=False)
+    assert [(layer.nx, layer.nf, tuple(layer.weight.shape)) for layer in thin[::2]] == [
+        (6, 8, (6, 8)),
+        (8, 8, (8, 8)),
+        (8, 1, (8, 1)),
+    ]

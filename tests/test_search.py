@@ -343,3 +343,15 @@ def test_the_usual_candidates_fit_the_usual_model():
     for recipe in listed:
         for step in recipe:
             step.check(model, data)
+
+
+@dataclass(frozen=True)
+class Trips(Step):
+    def apply(self, model, work):
+        raise RuntimeError("over its own feet")
+
+
+def test_a_recipe_that_raises_anything_is_left_out(case):
+    found = find(case, [(Trips(),), (Cut(192),)])
+    assert found.passed
+    assert any(note.endswith("Trips(): RuntimeError: over its own feet") for note in found.report.notes)
