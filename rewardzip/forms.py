@@ -17,6 +17,7 @@ from .chain import WEIGHTS_OF_ONE_CALL
 from .nn.base import CompressedLinear, check_source
 from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
 from .nn.sparse24_linear import Sparse24Linear
+from .nn.sparse_linear import reaches
 from .nn.sparse_rows_linear import SparseRowsLinear
 from .patterns import Pattern, find_pattern
 
@@ -41,7 +42,7 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
     weights = pattern.shape[0] * pattern.shape[1]
     # smaller layers may be part of one call for a whole MLP, and are where rows are few: ``chain.Pruned``
     least = ALONE[rows] if weights >= WEIGHTS_OF_ONE_CALL else IN_CALL
-    if empty < least or weights < SMALLEST:
+    if not reaches(empty, least) or weights < SMALLEST:
         return None
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rewardzip import forms
+import rewardzip as rz
+from rewardzip import constraints, forms
 from rewardzip.nn import BlockSparseLinear
 from rewardzip.patterns import find_pattern
 
@@ -95,6 +96,21 @@ def test_the_route():
     assert form_of(masked(blocks(1024, 1024, (16, 4), 0.01)), rows="dynamic")[0] == "blocks"
     assert form_of(masked(semi_structured(1024, 1024, 2, 4)))[0] == "2:4"
     assert form_of(masked(semi_structured(512, 512, 2, 4)))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("step", "shape", "rows", "form"),
+    [
+        (rz.Prune("unstructured", 0.95), (1024, 1024), "float", "rows"),
+        (rz.Prune("unstructured", 0.98), (1024, 1024), "dynamic", "rows"),
+        (rz.Prune("block", 0.75, block=(16, 4)), (272, 268), "float", "blocks"),
+        (rz.Prune("block", 0.5, block=(16, 4)), (1040, 1012), "dynamic", "blocks"),
+    ],
+)
+def test_an_amount_that_is_the_limit_reaches_it(step, shape, rows, form):
+    """Whole weights and blocks go: the share of zeros is a little less here."""
+    weight = constraints.settle(rz.prune(nn.Linear(*shape[::-1]), step)).weight
+    assert form_of(weight, rows=rows)[0] == form
 
 
 def test_no_promise_without_a_measurement():

@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from .base import CompressedLinear
 from .int8_linear import Int8Linear
 
+# how far an amount may be missed: pruning takes whole weights and blocks, of layers that they do not divide
+ROUNDED = 1e-3
+
+
+def reaches(share: float, least: float) -> bool:
+    """Whether a share of zeros is what pruning by the amount ``least`` leaves, or more."""
+    return share >= least - ROUNDED
+
 
 class SparseLinear(CompressedLinear):
     """Stored values in a pattern of their own, zero elsewhere, times a scale per output where they are int8."""

@@ -13,7 +13,7 @@ from rewardzip_kernels.loading import settled
 from rewardzip_kernels.sparse_rows_linear import check_stored, column_type, dense, nonzeros
 
 from .base import check_source
-from .sparse_linear import SparseLinear
+from .sparse_linear import SparseLinear, reaches
 
 # the weights a layer must have had for the time saved on them to show
 SMALLEST = 1 << 20
@@ -77,7 +77,7 @@ class SparseRowsLinear(SparseLinear):
         95 % wins or loses by how many rows there are.
         """
         least = 0.95 if rows == "float" else 0.98
-        if device != "cpu" or shape[0] * shape[1] < SMALLEST or sparsity < least:
+        if device != "cpu" or shape[0] * shape[1] < SMALLEST or not reaches(sparsity, least):
             return None
         return f"{100 * sparsity:.1f} % of its weights are zero, from {100 * least:.0f} % on it is faster"
 
