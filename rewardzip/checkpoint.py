@@ -329,6 +329,8 @@ def _check_skeleton(
     """Everything that could stop the filling, found before the first change."""
 
     def outside(layer: nn.Linear | CompressedLinear) -> tuple[int, int, bool]:
+        if isinstance(layer, CompressedLinear):  # whose weight is worked out from what it may not have yet
+            return layer.out_features, layer.in_features, layer.fp32_bias is not None
         out, features = layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape
         return out, features, layer.bias is not None
 

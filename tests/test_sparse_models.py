@@ -1,5 +1,6 @@
 """Pruned models from end to end: the forms that swap chooses, what is on disk, other runtimes, a layer in a chain."""
 
+import copy
 import json
 
 import pytest
@@ -54,6 +55,9 @@ def test_pruned_swapped_explained_saved_and_loaded(model, activations, tmp_path)
     again = rz.load(tmp_path / "fast")
     assert torch.equal(again(x), y)
     assert str(rz.explain(again)) == str(rz.explain(fast))
+
+    skeleton = copy.deepcopy(model)
+    assert torch.equal(rz.load(tmp_path / "fast", into=skeleton)(x), y)
 
     dense = rz.restore(again)
     assert {type(m) for m in dense.modules()} == {nn.Sequential, nn.Linear, nn.ReLU}
