@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rewardzip_kernels.blocks import grid
+
 from .channels import Channels
 from .constraints import copied, masked
 from .data import Data
@@ -114,7 +116,7 @@ class Prune(Step):
             inputs = sizes(layer)[1]
             if self._of_each is not None and inputs < self._of_each[1]:
                 raise ValueError(f"Prune: layer {name!r} has {inputs} inputs, too few for {self.pattern}; skip it")
-            self._check_something_stays(name, layer)
+        self._check_amount(layers)
         readers = list(layers)
         if self.pattern == "neurons":
             channels = Channels.of(model)
@@ -128,17 +130,26 @@ class Prune(Step):
             needed = {name: inputs if second else NORM_ROWS for name, inputs in inputs_of.items()}
             check_rows(copied(model), needed, data, "Prune")
 
-    def _check_something_stays(self, name: str, layer: Any) -> None:
-        if self.amount is None or self.pattern == "neurons" or self.scope == "model":
+    def _check_amount(self, layers: Mapping[str, Any]) -> None:
+        """That some of each layer goes and some stays, or of the model."""
+        if self.amount is None or self.pattern == "neurons":
             return
         block = self.block if self.pattern == "block" else (1, 1)
-        parts = math.prod(-(-size // step) for size, step in zip(sizes(layer), block, strict=True))
-        if round(self.amount * parts) == parts:
-            what = f"{parts} blocks of {block}" if self.pattern == "block" else f"{parts} weights"
-            raise ValueError(
-                f"Prune: {self.amount} of the {what} of layer {name!r} would be all of them; skip it, take less, or "
-                "use scope='model'"
-            )
+        parts = {f"layer {name!r}": math.prod(grid(*sizes(layer), block)) for name, layer in layers.items()}
+        if self.scope == "model":
+            parts = {"the model": sum(parts.values())}
+        for whose, count in parts.items():
+            what = f"{count} blocks of {block}" if self.pattern == "block" else f"{count} weights"
+            gone = round(self.amount * count)
+            if self.pattern == "block" and gone == 0 < self.amount:
+                raise ValueError(
+                    f"Prune: {self.amount} of the {what} of {whose} are none; take more, or smaller blocks"
+                )
+            if gone == count:
+                raise ValueError(
+                    f"Prune: {self.amount} of the {what} of {whose} would be all of them; skip it, take less, or use "
+                    "scope='model'"
+                )
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
         adopt(model)

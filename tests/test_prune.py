@@ -410,6 +410,14 @@ def test_what_does_not_fit_the_model_is_refused_and_the_model_untouched():
         (lambda: rz.prune(model, rz.Prune("unstructured", threshold=9.0)), "remove all 192 weights of layer '0'"),
         (lambda: rz.prune(model, big), r"0.9 of the 1 blocks of \(64, 64\) of layer '0' would be all"),
         (
+            lambda: rz.prune(model, rz.Prune("block", 0.5, block=(64, 64))),
+            r"0.5 of the 1 blocks of \(64, 64\) of layer '0' are none",
+        ),
+        (
+            lambda: rz.prune(model, rz.Prune("block", 0.1, block=(64, 64), scope="model")),
+            r"0.1 of the 3 blocks of \(64, 64\) of the model are none",
+        ),
+        (
             lambda: rz.prune(model, rz.Prune("block", 0.6, block=(64, 64), scope="model")),
             "remove all 256 weights of layer '2'",
         ),
