@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .nn import (
     SparseRowsLinear,
 )
 from .nn.base import is_conv1d
+from .nn.zeros import Zeros
 from .packing import pack, packed_bytes, unpack
 from .refusals import refuse_what_fails
 from .swap import fuse_forwards, put
@@ -85,6 +87,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_zeros(value: Any) -> bool:
+    kinds = {
+        "share": lambda v: _is_number(v) and 0 <= v <= 1,
+        **dict.fromkeys(("pattern", "why"), lambda v: isinstance(v, str)),
+    }
+    return isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[k](v) for k, v in value.items())
+
+
 # what the arguments may be: torch's own constructors take almost anything and fail later
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("in_features", "out_features", "nonzeros", "stored", "state_dim", "action_dim"), _is_size),
@@ -116,7 +126,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "model": _describe(model),
         "layers": {
-            name: {"op": type(m).__name__, **_settings(m, LAYERS[type(m).__name__][1])}
+            name: {"op": type(m).__name__, **_settings(m, LAYERS[type(m).__name__][1]), **_noted(m)}
             for name, m in model.named_modules(remove_duplicate=False)
             if isinstance(m, CompressedLinear)
         },
@@ -169,6 +179,10 @@ def _parameter_names(model: nn.Module) -> set[str]:
 
 def _settings(module: nn.Module, fields: tuple[str, ...]) -> dict[str, Any]:
     return {field: _plain(field, getattr(module, field)) for field in fields}
+
+
+def _noted(layer: CompressedLinear) -> dict[str, Any]:
+    return {} if layer.zeros is None else {"zeros": asdict(layer.zeros)}
 
 
 def _plain(field: str, value: Any) -> Any:
@@ -248,12 +262,16 @@ def _layer(name: str, spec: Any, tensors: dict[str, Tensor], source: Path) -> Ca
     if not isinstance(op, str) or op not in LAYERS:
         raise CheckpointError(f"{where}: {spec!r} is not one of {sorted(LAYERS)}")
     kind, fields = LAYERS[op]
-    arguments = {field: value for field, value in spec.items() if field != "op"}
+    arguments = {field: value for field, value in spec.items() if field not in ("op", "zeros")}
+    noted = spec.get("zeros")
+    if "zeros" in spec and not _is_zeros(noted):
+        raise CheckpointError(f"{where}: zeros is {noted!r}; it must have a share, a pattern and why")
     if op == "Int8Linear":
         arguments.setdefault("bits", 8)  # version 1 had no others
 
     def make(device: Any) -> CompressedLinear:
         layer: CompressedLinear = _make(kind, fields, arguments, where, device=device)
+        layer.zeros = None if noted is None else Zeros(**noted)
         return layer
 
     blank, prefix = make("meta"), f"{name}." if name else ""

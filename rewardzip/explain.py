@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .constraints import settle_masked
-from .forms import Rows, choose
 from .fuse import FusedForward
 from .int8 import Int8
 from .nn import CompressedLinear, Int8Linear
 from .nn.base import is_conv1d
-from .patterns import SOME, find_pattern
+from .nn.zeros import Zeros
+from .patterns import find_pattern
 from .swap import reason_to_leave
 
 
@@ -25,7 +25,7 @@ class Layer:
     bytes_before: int
     bytes_after: int
     sparsity: float = 0.0
-    """The share of the weights that are zero."""
+    """The share of the weights that are zero, or were when ``swap`` packed them."""
     pattern: str = "dense"
     bytes_theory: int = 0
     """What the weights take by the formula of the layer's form, without scales and biases."""
@@ -67,13 +67,10 @@ def explain(model: nn.Module) -> Explanation:
             apart = "its activation in the same launch" if name in fused else "no activation behind it was found"
             op = ops.get(name, type(m).__name__)
             how = launches.get(name, apart) if isinstance(m, Int8Linear) or not m.remark else ""
-            why = "; ".join(filter(None, (how, m.remark)))
-            pattern = find_pattern(m.weight)
-            if pattern.sparsity >= SOME:
-                rows: Rows = "dynamic" if getattr(m, "rows", "") == "dynamic" else "float"
-                why = "; ".join(filter(None, (why, choose(pattern, m.weight.device.type, rows)[1])))
+            zeros = m.zeros or _zeros(m.weight)
+            why = "; ".join(filter(None, (how, m.remark, zeros.why)))
             theory = m.weight_bytes()
-            found.append(Layer(name, op, activation, why, dense, after, pattern.sparsity, str(pattern), theory))
+            found.append(Layer(name, op, activation, why, dense, after, zeros.share, zeros.pattern, theory))
         elif isinstance(m, nn.Linear) or is_conv1d(m):
             size = sum(p.numel() * p.element_size() for p in m.parameters())
             plain = type(m) is nn.Linear or is_conv1d(m)
@@ -81,7 +78,12 @@ def explain(model: nn.Module) -> Explanation:
             op = ops.get(name, type(m).__name__)
             if name in launches:
                 why = f"{launches[name]}; {'not compressed' if why == 'not chosen' else why}"
-            pattern = find_pattern(m.weight.t() if is_conv1d(m) else m.weight)
+            zeros = _zeros(m.weight.t() if is_conv1d(m) else m.weight)
             theory = m.weight.numel() * m.weight.element_size()
-            found.append(Layer(name, op, activation, why, size, size, pattern.sparsity, str(pattern), theory))
+            found.append(Layer(name, op, activation, why, size, size, zeros.share, zeros.pattern, theory))
     return found
+
+
+def _zeros(weight: Tensor) -> Zeros:
+    pattern = find_pattern(weight)
+    return Zeros(pattern.sparsity, str(pattern), "")

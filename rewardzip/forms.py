@@ -19,7 +19,8 @@ from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
 from .nn.sparse24_linear import Sparse24Linear
 from .nn.sparse_linear import reaches
 from .nn.sparse_rows_linear import SparseRowsLinear
-from .patterns import Pattern, find_pattern
+from .nn.zeros import Zeros
+from .patterns import SOME, Pattern, find_pattern
 
 Rows = Literal["float", "dynamic"]
 
@@ -88,8 +89,14 @@ def choose(pattern: Pattern, device: str, rows: Rows) -> tuple[Form | None, str]
     return None, f"{pattern}: no sparse form was measured to be faster on this {device}"
 
 
-def sparse_form(linear: nn.Linear, rows: Rows) -> CompressedLinear | None:
-    """The layer in the sparse form that is fastest for its zeros, None where that is dense int8."""
+def find_form(linear: nn.Linear, rows: Rows, lacking: str = "") -> tuple[Form | None, Zeros]:
+    """(the form that is fastest for the layer's zeros, None for dense int8; what was found).
+
+    lacking: what is asked for that no sparse form has.
+    """
     weight, _ = check_source("swap", linear)
-    form, _ = choose(find_pattern(weight), weight.device.type, rows)
-    return None if form is None else form.make(linear, rows)
+    pattern = find_pattern(weight)
+    form, why = (None, f"{pattern}: no sparse form has {lacking}")
+    if not lacking:
+        form, why = choose(pattern, weight.device.type, rows)
+    return form, Zeros(pattern.sparsity, str(pattern), why if pattern.sparsity >= SOME else "")

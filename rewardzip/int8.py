@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .forms import sparse_form
+from .forms import Rows, find_form
 from .nn.base import CompressedLinear
 from .nn.int8_linear import Int8Linear
 
@@ -53,10 +53,16 @@ class Int8:
 
     def make(self, linear: nn.Linear, name: str, x_amax: float | None) -> CompressedLinear:
         """Dense int8, or the form of ``forms.py`` that skips the weight's zeros where that is faster."""
-        if self.compute_dtype is None and self.activations != "static":
-            sparse = sparse_form(linear, self.activations or "float")
-            if sparse is not None:
-                return sparse
+        lacking = "static scales" if self.activations == "static" else ""
+        if self.compute_dtype is not None:
+            lacking = f"products in {self.compute_dtype}"
+        rows: Rows = "float" if self.activations is None else "dynamic"
+        form, zeros = find_form(linear, rows, lacking)
+        layer = self._dense(linear, name, x_amax) if form is None else form.make(linear, rows)
+        layer.zeros = zeros
+        return layer
+
+    def _dense(self, linear: nn.Linear, name: str, x_amax: float | None) -> Int8Linear:
         half = self.compute_dtype == "float16"
         if half and x_amax is not None and not x_amax <= HALF_MAX:
             raise ValueError(

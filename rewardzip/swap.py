@@ -126,6 +126,8 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
         for layer, source in pairs:
             layer.refresh(source)
+            # as what was found there is no longer known, past what forgets the settled calls
+            layer.__dict__["zeros"] = None
         for tensor, dense in copies:
             tensor.copy_(dense)
     for module in fast.modules():

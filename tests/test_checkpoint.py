@@ -307,6 +307,7 @@ def test_configs_that_are_none(saved, text):
         (lambda c: c["layers"]["net.0"].update(bias=False), "net.0"),
         (lambda c: c["layers"]["net.0"].update(dtype="int8"), "dtype"),
         (lambda c: c["layers"]["net.0"].update(compute_dtype="load"), "compute_dtype"),
+        (lambda c: c["layers"]["net.0"].update(zeros={"share": 0.5}), "zeros is"),
         (lambda c: c["layers"].pop("net.0"), "packed"),
         (lambda c: c["layers"].update({"net.9": c["layers"]["net.0"]}), "nothing"),
         (lambda c: c["layers"].update({"": c["layers"]["net.0"]}), "nothing"),

@@ -125,7 +125,7 @@ def test_a_form_is_one_entry(monkeypatch):
     entry = forms.Form("mine", lambda p: True, lambda p, d, r: f"{d} {r}", BlockSparseLinear.from_linear)
     entry = forms.Form(entry.name, entry.fits, entry.wins, lambda layer, rows: BlockSparseLinear.from_linear(layer))
     monkeypatch.setattr(forms, "FORMS", (forms.Form("never", lambda p: False, lambda p, d, r: "", None), entry))
-    assert isinstance(forms.sparse_form(linear, "dynamic"), BlockSparseLinear)
+    assert isinstance(rz.Int8(activations="dynamic").make(linear, "", None), BlockSparseLinear)
     assert form_of(linear.weight) == ("mine", "cpu float")
 
 
@@ -133,6 +133,7 @@ def test_nothing_is_lost():
     linear = nn.Linear(512, 512)
     with torch.no_grad():
         linear.weight.mul_(blocks(512, 512, (16, 4), 0.2))
-    layer = forms.sparse_form(linear, "float")
+    layer = rz.Int8().make(linear, "", None)
+    assert isinstance(layer, BlockSparseLinear)
     error = (layer.weight - linear.weight).abs()
     assert (error <= linear.weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from rewardzip_kernels.registration import nobody_listens
 
 from .watch import Watch
+from .zeros import Zeros
 
 # shapes whose calls are kept settled; more than these are no loop of a planner's
 SHAPES_KEPT = 64
@@ -34,6 +35,9 @@ class CompressedLinear(nn.Module):
 
     remark: str = ""
     """What a reader of ``explain`` should know of how the layer is kept or computed."""
+
+    zeros: Zeros | None = None
+    """What ``swap`` found in the dense weight, and what it chose for it; None where it is not known."""
 
     policy: str = ""
     """The policy of stable-baselines3 that the layer is in: see ``refusals.py``."""

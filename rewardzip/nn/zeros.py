@@ -1,0 +1,15 @@
+"""What was found in a weight when it was packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """share: of the weights that were zero, before rounding made some so. why: what was chosen for them, "" where
+    there were few."""
+
+    share: float
+    pattern: str
+    why: str
