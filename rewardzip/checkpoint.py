@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_zeros(value: Any) -> bool:
-    kinds = {
-        "share": lambda v: _is_number(v) and 0 <= v <= 1,
-        **dict.fromkeys(("pattern", "why"), lambda v: isinstance(v, str)),
-    }
-    return isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[k](v) for k, v in value.items())
+    if not isinstance(value, dict) or value.keys() != {"share", "pattern", "why", "dropped"}:
+        return False
+    texts = isinstance(value["pattern"], str) and isinstance(value["why"], str)
+    return texts and _is_size(value["dropped"]) and _is_number(value["share"]) and 0 <= value["share"] <= 1
 
 
 # what the arguments may be: torch's own constructors take almost anything and fail later
@@ -165,8 +165,9 @@ def load(
         parameters = {id(p): nn.Parameter(p) for n, p in tensors.items() if n in _parameter_names(model)}
         model.load_state_dict({name: parameters.get(id(t), t) for name, t in tensors.items()}, assign=True)
     else:
-        _check_skeleton(into, layers, tensors, source)
-        model = put(into, {name: make(into.get_submodule(name).weight.device) for name, make in layers.items()})
+        makers = layers | _narrowed(into, layers, tensors)
+        _check_skeleton(into, makers, tensors, source)
+        model = put(into, {name: make(into.get_submodule(name).weight.device) for name, make in makers.items()})
         model.load_state_dict(tensors)
         refuse_what_fails(model)
     fuse_forwards(model)
@@ -338,33 +339,55 @@ def _check_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor], kind: typ
             )
 
 
+def _narrowed(
+    model: nn.Module, layers: dict[str, Callable[[Any], CompressedLinear]], tensors: dict[str, Tensor]
+) -> dict[str, Callable[[Any], nn.Linear]]:
+    """The model's dense layers that read fewer neurons in the file, where ``swap`` has dropped some."""
+    if not any(_dropped(make("meta")) for make in layers.values()):
+        return {}
+    found: dict[str, Callable[[Any], nn.Linear]] = {}
+    for name, old in model.named_modules():
+        kept = tensors.get(f"{name}.weight")
+        if type(old) is not nn.Linear or name in layers or kept is None or kept.dim() != 2:
+            continue
+        if len(kept) == old.out_features and kept.shape[1] < old.in_features:
+            sizes = kept.shape[1], old.out_features, old.bias is not None
+            found[name] = partial(nn.Linear, *sizes, dtype=old.weight.dtype)
+    return found
+
+
+def _dropped(layer: nn.Module) -> int:
+    return layer.zeros.dropped if isinstance(layer, CompressedLinear) and layer.zeros else 0
+
+
 def _check_skeleton(
     model: nn.Module,
-    layers: dict[str, Callable[[Any], CompressedLinear]],
+    layers: Mapping[str, Callable[[Any], nn.Module]],
     tensors: dict[str, Tensor],
     source: Path,
 ) -> None:
     """Everything that could stop the filling, found before the first change."""
 
-    def outside(layer: nn.Linear | CompressedLinear) -> tuple[int, int, bool]:
+    def outside(layer: Any) -> tuple[int, int, bool]:
         if isinstance(layer, CompressedLinear):  # whose weight is worked out from what it may not have yet
             return layer.out_features, layer.in_features, layer.fp32_bias is not None
         out, features = layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape
         return out, features, layer.bias is not None
 
-    mine = model.state_dict()
-    for name, make in layers.items():
-        layer = make("meta")
+    mine, blanks = model.state_dict(), {name: make("meta") for name, make in layers.items()}
+    dropped = any(map(_dropped, blanks.values()))
+    for name, layer in blanks.items():
         try:
             old = model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"{source} has a layer {name!r}, {type(model).__name__} has none") from None
         if not isinstance(old, nn.Linear | CompressedLinear) and not is_conv1d(old):
             raise CheckpointError(f"{source}: layer {name!r} is {type(old).__name__} in {type(model).__name__}")
-        if outside(old) != outside(layer):
+        found, wanted = outside(layer), outside(old)
+        narrower = dropped and found[2] == wanted[2] and found[0] <= wanted[0] and found[1] <= wanted[1]
+        if found != wanted and not narrower:
             raise CheckpointError(
-                f"{source}: layer {name!r} is {outside(layer)} (out, in, bias), "
-                f"in {type(model).__name__} {outside(old)}"
+                f"{source}: layer {name!r} is {found} (out, in, bias), in {type(model).__name__} {wanted}"
             )
         prefix = f"{name}." if name else ""
         mine = {k: v for k, v in mine.items() if not k.startswith(prefix)} | layer.state_dict(prefix=prefix)

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 
 from .fuse import is_plain
+from .nn.base import is_pruned
 
 Constraint = TypeVar("Constraint", bound=nn.Module)
 Model = TypeVar("Model", bound=nn.Module)
@@ -185,6 +187,15 @@ def settle_masked(model: Model, *, inplace: bool = False) -> Model:
     for module in list(model.modules()):
         if masks(module):
             settle(module)
+    return model
+
+
+def unmasked(model: Model) -> Model:
+    """The masks of torch.nn.utils.prune made plain zeros, in place."""
+    for module in model.modules():
+        if is_pruned(module):
+            for hook in list(module._forward_pre_hooks.values()):
+                torch_prune.remove(module, hook._tensor_name)  # type: ignore[attr-defined]
     return model
 
 

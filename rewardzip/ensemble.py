@@ -21,7 +21,7 @@ from .guided import wanted
 from .int8 import Fused, Int8
 from .nn import BlockSparseLinear, Int8Linear
 from .shortcut import Shortcut
-from .swap import swap
+from .swap import packed, swap
 
 Reduce = Literal["none", "mean_std"]
 
@@ -42,7 +42,12 @@ def fuse_ensemble(
         raise ValueError("fuse_ensemble: there is no member")
     if reduce not in ("none", "mean_std"):
         raise ValueError(f"fuse_ensemble: reduce is {reduce!r}; it must be 'none' or 'mean_std'")
-    return FusedEnsemble([swap(m, config or Int8(), example_inputs) for m in members], reduce)
+    return FusedEnsemble([_swapped(m, config or Int8(), example_inputs) for m in members], reduce)
+
+
+def _swapped(member: nn.Module, config: Int8 | Fused, example_inputs: Any) -> nn.Module:
+    """With its dead neurons, which are others in each member."""
+    return swap(member, config) if isinstance(config, Fused) else packed(member, config, example_inputs, drop=False)
 
 
 class FusedEnsemble(nn.Module):

@@ -67,8 +67,10 @@ def explain(model: nn.Module) -> Explanation:
             apart = "its activation in the same launch" if name in fused else "no activation behind it was found"
             op = ops.get(name, type(m).__name__)
             how = launches.get(name, apart) if isinstance(m, Int8Linear) or not m.remark else ""
-            zeros = m.zeros or _zeros(m.weight)
-            why = "; ".join(filter(None, (how, m.remark, zeros.why)))
+            dropped = m.zeros.dropped if m.zeros else 0
+            zeros = m.zeros if m.zeros and m.zeros.pattern else _zeros(m.weight)
+            dead = f"{dropped} of {m.out_features + dropped} neurons were dead: dropped" if dropped else ""
+            why = "; ".join(filter(None, (how, m.remark, zeros.why, dead)))
             theory = m.weight_bytes()
             found.append(Layer(name, op, activation, why, dense, after, zeros.share, zeros.pattern, theory))
         elif isinstance(m, nn.Linear) or is_conv1d(m):

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .forms import Rows, find_form
+from .forms import Form, Rows, find_form
 from .nn.base import CompressedLinear
 from .nn.int8_linear import Int8Linear
+from .nn.zeros import Zeros
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -53,14 +54,25 @@ class Int8:
 
     def make(self, linear: nn.Linear, name: str, x_amax: float | None) -> CompressedLinear:
         """Dense int8, or the form of ``forms.py`` that skips the weight's zeros where that is faster."""
+        form, zeros = self._form(linear)
+        layer = self._dense(linear, name, x_amax) if form is None else form.make(linear, self._rows)
+        layer.zeros = zeros
+        return layer
+
+    def skips_zeros(self, linear: nn.Linear) -> bool:
+        """Whether ``make`` skips the layer's zeros where they are: to take whole neurons would move the others."""
+        form, zeros = self._form(linear)
+        return form is not None and "dead" not in zeros.pattern
+
+    @property
+    def _rows(self) -> Rows:
+        return "float" if self.activations is None else "dynamic"
+
+    def _form(self, linear: nn.Linear) -> tuple[Form | None, Zeros]:
         lacking = "static scales" if self.activations == "static" else ""
         if self.compute_dtype is not None:
             lacking = f"products in {self.compute_dtype}"
-        rows: Rows = "float" if self.activations is None else "dynamic"
-        form, zeros = find_form(linear, rows, lacking)
-        layer = self._dense(linear, name, x_amax) if form is None else form.make(linear, rows)
-        layer.zeros = zeros
-        return layer
+        return find_form(linear, self._rows, lacking)
 
     def _dense(self, linear: nn.Linear, name: str, x_amax: float | None) -> Int8Linear:
         half = self.compute_dtype == "float16"

@@ -6,13 +6,14 @@ import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .constraints import copied as _copy
-from .constraints import settle_masked
+from .constraints import settle_masked, unmasked
 from .fuse import FusedForward, is_plain, unfuse
 from .fuse import fuse as fuse_forward
 from .int8 import Fused, Int8
@@ -36,21 +37,39 @@ def swap(
     """A copy of ``model`` with its linear layers, and the activations behind them, on fused kernels.
 
     skip, filter: names, shell wildcards, or ``(module, name) -> bool``; what ``skip`` matches, or ``filter`` does not,
-    stays dense. example_inputs: one batch (a tensor, or a tuple of the forward's arguments), needed by static scales
-    and by float16 products. fuse=False leaves the model's forwards alone: a launch per layer, activations apart. Layers
-    with one output stay dense unless the config says otherwise; ``explain`` tells of
-    each layer what became of it and why.
+    stays dense, and as wide as it is: of other layers neurons that do nothing are dropped. example_inputs: one batch (a
+    tensor, or a tuple of the forward's arguments), needed by static scales and by float16 products. fuse=False leaves
+    the model's forwards alone: a launch per layer, activations apart. Layers with one output stay dense unless the
+    config says otherwise; ``explain`` tells of each layer what became of it and why.
     """
     if isinstance(config, Fused):
         if skip or filter is not None or not fuse:
             raise ValueError(
                 "swap: Fused() only fuses, and layers with others: it takes no skip, no filter, no fuse=False"
             )
-        return _only_fused(model if inplace else _copy(model))
+        settled = settle_masked(model, inplace=inplace)
+        return _only_fused(unmasked(settled if inplace or settled is not model else _copy(settled)))
+    return packed(model, config, example_inputs, skip, filter, fuse, inplace)
+
+
+def packed(
+    model: nn.Module,
+    config: Int8,
+    example_inputs: Any = None,
+    skip: Choice = (),
+    filter: Choice | None = None,
+    fuse: bool = True,
+    inplace: bool = False,
+    drop: bool = True,
+) -> nn.Module:
+    """``swap`` to ``Int8``. drop=False: dead neurons stay, so that models of one shape still have one."""
     settled = settle_masked(model, inplace=inplace)
     model, inplace = settled, inplace or settled is not model
     _check_choice(model, "skip", skip)
     _check_choice(model, "filter", filter)
+    lost: dict[str, int] = {}
+    if drop and may_have_dead(model):
+        model, inplace, lost = _without_dead(model, config, skip, filter, inplace)
     if config.needs_range and example_inputs is None:
         raise ValueError(f"swap: {config} needs example_inputs to see how large each layer's inputs are")
     linears: dict[nn.Linear, list[str]] = {}
@@ -64,6 +83,9 @@ def swap(
     ranges = _input_ranges(model, chosen, example_inputs) if config.needs_range else {}
 
     made = {linear: config.make(linear, names[0], ranges.get(names[0])) for linear, names in chosen.items()}
+    for linear, names in chosen.items():
+        zeros = made[linear].zeros
+        made[linear].zeros = zeros and replace(zeros, dropped=sum(lost.get(name, 0) for name in names))
     if inplace:
         model = put(model, {name: made[linear] for linear, names in chosen.items() for name in names})
     else:
@@ -72,10 +94,42 @@ def swap(
     refuse_what_fails(model)
     notes = fuse_forwards(model) if fuse else {}
     if not chosen:
-        warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=2)
+        warnings.warn(f"swap changed nothing: {_listed(left)}", UserWarning, stacklevel=3)
     if notes:
-        warnings.warn(f"some activations are not fused: {_listed(notes)}", UserWarning, stacklevel=2)
+        warnings.warn(f"some activations are not fused: {_listed(notes)}", UserWarning, stacklevel=3)
     return model
+
+
+def may_have_dead(model: nn.Module) -> bool:
+    """Whether an output or an input of a layer has no weights: without that no neuron is dead."""
+    for _, linear in _dense_layers(model):
+        if not linear.weight.is_meta:
+            used = linear.weight != 0
+            if not (bool(used.any(1).all()) and bool(used.any(0).all())):
+                return True
+    return False
+
+
+def _without_dead(
+    model: nn.Module, config: Int8, skip: Choice, filter: Choice | None, inplace: bool
+) -> tuple[nn.Module, bool, dict[str, int]]:
+    """(the model without dead neurons, whether that is a copy or may be changed, how many each layer lost)."""
+    from .dead import drop_dead, living  # and torch.fx with it: few models have any
+
+    names: dict[nn.Linear, list[str]] = {}
+    for name, linear in _dense_layers(model):
+        names.setdefault(linear, []).append(name)
+    asked = "skipped", "not in filter"
+    keep = {
+        name
+        for linear, mine in names.items()
+        if reason_to_leave(mine, linear, config, skip, filter) in asked or config.skips_zeros(linear)
+        for name in mine
+    }
+    if not living(model, keep):
+        return model, inplace, {}
+    model = unmasked(model if inplace else _copy(model))
+    return model, True, drop_dead(model, keep)
 
 
 def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -98,7 +152,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def refresh(fast: nn.Module, model: nn.Module) -> None:
     """Re-pack ``fast`` from the dense ``model`` it was made of, in place; what was left dense is copied too."""
-    model = settle_masked(model)
+    model = _as_narrow(fast, settle_masked(model))
     pairs = []
     for name, layer in _modules(fast):
         if isinstance(layer, CompressedLinear):
@@ -126,14 +180,43 @@ def refresh(fast: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
         for layer, source in pairs:
             layer.refresh(source)
-            # as what was found there is no longer known, past what forgets the settled calls
-            layer.__dict__["zeros"] = None
+            if layer.zeros is not None:  # of the new weights; past what forgets the settled calls
+                layer.__dict__["zeros"] = replace(layer.zeros, share=0.0, pattern="", why="")
         for tensor, dense in copies:
             tensor.copy_(dense)
     for module in fast.modules():
         if isinstance(module, FusedForward):
             for chain in module.rz_chains:
                 chain.repack()
+
+
+def _as_narrow(fast: nn.Module, model: nn.Module) -> nn.Module:
+    """``model`` without the neurons that ``swap`` has dropped, if they are still dead."""
+    theirs = dict(_modules(model))
+    dropped = {
+        name: layer.zeros.dropped
+        for name, layer in _modules(fast)
+        if isinstance(layer, CompressedLinear) and layer.zeros and layer.zeros.dropped
+        if isinstance(dense := theirs.get(name), nn.Linear) and dense.out_features != layer.out_features
+    }
+    if not dropped:
+        return model
+    from .dead import drop_dead
+
+    same = {n for n, m in _modules(fast) if n in theirs and _shape(m) == _shape(theirs[n])}
+    model = unmasked(_copy(model))
+    drop_dead(model, same)
+    for name, count in dropped.items():
+        if _shape(model.get_submodule(name)) != _shape(fast.get_submodule(name)):
+            raise ValueError(
+                f"refresh: swap dropped {count} dead neurons of layer {name!r}, and in this dense model not as many "
+                "are dead; swap it anew"
+            )
+    return model
+
+
+def _shape(layer: nn.Module) -> tuple[Any, Any]:
+    return getattr(layer, "out_features", None), getattr(layer, "in_features", None)
 
 
 def fuse_forwards(model: nn.Module) -> dict[str, str]:

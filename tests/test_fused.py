@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import GPU, need_triton
 from torch import nn
+from torch.nn.utils import prune
 
 import rewardzip as rz
 from rewardzip_kernels import loading
@@ -47,6 +48,21 @@ def test_the_same_numbers(sizes, norm, rows):
     assert float((y - exact).abs().max()) <= bound * max(1.0, float(exact.abs().max()))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fast.parameters(), strict=True))
     assert type(rz.restore(fast)) is nn.Sequential
+
+
+@pytest.mark.parametrize("torchs", [True, False])
+def test_masks_become_zeros(torchs):
+    model, x = mlp(8, 32, 32, 1), torch.randn(50, 8)
+    if torchs:
+        for layer in model[::2]:
+            prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        model = rz.prune(model, rz.Prune("unstructured", 0.5))
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    fast = rz.swap(model, rz.Fused())
+    assert torch.allclose(settled(fast, x), expected, atol=1e-6)
+    assert type(fast[0]) is nn.Linear
+    assert state.keys() == model.state_dict().keys()
 
 
 def test_it_learns_as_before():
