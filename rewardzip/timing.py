@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-# a GPU's cycles, about half a millisecond: longer than Python takes to launch a call
-SPIN = 1_000_000
+# a GPU's cycles, about a millisecond: longer than Python takes to launch a call, of an ensemble in mixed precision too
+SPIN = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def apart(call: Callable[[], object], device: torch.device | str, rounds: int = 
         taken["python"].append(time.perf_counter() - begin)
         torch.cuda.synchronize(device)
         taken["wall"].append(time.perf_counter() - begin)
-        # this call has filled the cache; the GPU is kept busy until the next is in its queue
-        torch.cuda._sleep(SPIN)
+        # this call has filled the cache
         taken["warm"].append(_between_events(call))
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
@@ -111,6 +110,8 @@ def _gpu_sampler(device: torch.device) -> Callable[[Callable[[], object], int], 
 
 
 def _between_events(call: Callable[[], object]) -> float:
+    # the GPU is kept busy until the call is in its queue: it does not wait for Python between the events
+    torch.cuda._sleep(SPIN)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()

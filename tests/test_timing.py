@@ -4,6 +4,7 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ class Gpu:
 
     def launch(self):
         time.sleep(1e-3)  # Python
+        if "spin" not in self.queue:
+            self.queue.append("idle")  # nothing to do until the kernel is there
         self.queue.append("kernel")
 
     def synchronize(self, *_):
@@ -29,7 +32,7 @@ class Gpu:
                 self.now += 1.0 if self.warm else 2.0
                 time.sleep(2e-3)
                 self.warm = True
-            elif item == "spin":
+            elif item in ("spin", "idle"):
                 self.now += 0.5
             else:
                 item.time = self.now
@@ -57,10 +60,22 @@ class Event:
         return other.time - self.time
 
 
-def test_a_calls_parts(monkeypatch):
-    gpu = Gpu()
+@pytest.fixture
+def gpu(monkeypatch):
+    stand_in = Gpu()
     for name in ("synchronize", "_sleep", "Event"):
-        monkeypatch.setattr(torch.cuda, name, getattr(gpu, name))
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    return stand_in
+
+
+def test_a_call_with_a_cold_cache_is_its_kernels_alone(gpu, monkeypatch):
+    """The GPU is kept busy while Python launches: its wait for Python is no part of the call's time."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=64))
+    sample = timing._gpu_sampler(torch.device("cpu"))
+    assert sample(gpu.launch, 1) == pytest.approx(2e-3)
+
+
+def test_a_calls_parts(gpu):
     parts = timing.apart(gpu.launch, "cuda", 3)
     assert set(parts) == {"warm", "python", "wall"}
     assert parts["warm"] == pytest.approx(1e-3), "the kernel alone, its data in the cache"
