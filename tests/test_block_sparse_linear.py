@@ -9,9 +9,8 @@ import safetensors.torch
 import torch
 from block_numerics import CASES, assert_blocks, half_blocks, random_blocks
 from conftest import GPU, need_triton
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import packed, swapped
+from properties import given, settings, st
 from torch import nn
 from torch.nn.utils import prune
 

@@ -5,10 +5,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlp_numerics import LIPSCHITZ, _layer_norm, assert_mlp, random_mlp
 from numerics import UNIT, C, activation_error, assert_within
+from properties import given, settings, st
 
 from rewardzip_kernels import activations, fused_mlp
 from rewardzip_kernels.cpu import fused_mlp as module

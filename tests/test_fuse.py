@@ -9,9 +9,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import dense_twin, fused, packed, swapped, unfused
+from properties import given, settings, st
 from torch import Tensor, nn
 
 import rewardzip as rz

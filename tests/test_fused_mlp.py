@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import GPU
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlp_numerics import assert_mlp, exact_mlp, random_mlp
+from properties import given, settings, st
 
 from rewardzip_kernels import activations, fused_mlp
 from rewardzip_kernels.fused_mlp import fused_mlp_reference

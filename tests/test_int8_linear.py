@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import GPU, need_triton
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numerics import SHAPES, assert_linear, quantized
+from properties import given, settings, st
 
 from rewardzip_kernels import activations, int8_linear
 from rewardzip_kernels.int8_linear import int8_linear_reference

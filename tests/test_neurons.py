@@ -6,9 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import mlp, same_state
+from properties import given, settings, st
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune

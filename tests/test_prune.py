@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import mlp, same_state, swapped
+from properties import given, settings, st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 

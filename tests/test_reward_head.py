@@ -3,9 +3,8 @@
 import pytest
 import torch
 from conftest import GPU
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlp_numerics import assert_head, exact_head, random_head
+from properties import given, settings, st
 
 from rewardzip_kernels import activations, reward_head
 from rewardzip_kernels.reward_head import reward_head_reference
