@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from cpu_rivals import RIVALS, Nets, together
-from linear import machine
+from measured import machine, work, write
 from torch import Tensor, nn
 
 import rewardzip as rz
@@ -161,16 +161,18 @@ def main() -> None:
                     *(f"{gain:8.2f}x" if gain == gain else f"{'-':>9}" for gain in gains(us)),
                     flush=True,
                 )
+                linears = [layer for net in nets for layer in net if isinstance(layer, nn.Linear)]
+                values = nets[0][0].in_features + len(nets)
+                matrices = sum(layer.weight.numel() for layer in linears)
                 for provider, t in taken.items():
                     row = {"op": "model", "model": name, "rows": rows, "provider": provider}
-                    written.append(row | asdict(t) | told | {"threads": str(threads)})
+                    done = work(provider, rows, values, matrices, t.p50, told["device"])
+                    written.append(row | asdict(t) | done | told | {"threads": str(threads)})
                 for provider, reason in left.items():
                     if rows == options.rows[0]:
                         print(f"{'':>21} {provider}: {reason}")
         if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(row) + "\n" for row in written)
-            (options.out / f"cpu-{threads}-threads.json").write_text(lines)
+            write(options.out / f"cpu-{threads}-threads.json", written)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewardzip.capture import record
 from rewardzip.nn import Int8Linear
 
 Call = Callable[[], Tensor]
@@ -99,6 +100,7 @@ def providers(layer: nn.Linear, x: Tensor, compile: bool = True) -> dict[str, Ca
         "bf16": lambda: dense(layer, x, torch.bfloat16),
         "fp16": lambda: dense(layer, x, torch.float16) if gpu else None,
         "compile": lambda: compiled(layer, x, "default") if compile else None,
+        "compile, reduce-overhead": lambda: compiled(layer, x, "reduce-overhead") if compile and gpu else None,
         "compile, max-autotune": lambda: compiled(layer, x, "max-autotune") if compile and gpu else None,
         "torchao int8": lambda: torchao_int8(layer, x) if compile else None,
         "gemlite int8": lambda: gemlite_int8(layer, x) if gpu else None,
@@ -119,3 +121,29 @@ def providers(layer: nn.Linear, x: Tensor, compile: bool = True) -> dict[str, Ca
         else:
             made[name] = call
     return made
+
+
+# these record CUDA graphs of their own
+RECORDED = ("compile, reduce-overhead", "compile, max-autotune")
+
+
+def graphs(made: dict[str, Call], x: Tensor) -> dict[str, Call]:
+    """A CUDA graph of every call that has none yet, on a GPU."""
+    found = {}
+    for name, call in made.items() if x.is_cuda else ():
+        if name not in RECORDED:
+            try:
+                found[f"{name}, graph"] = graph(call, x)
+            except Exception as error:
+                skipped[f"{name}, graph"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
+
+
+def graph(call: Call, x: Tensor) -> Call:
+    replay, y = record(lambda _: call(), [x])
+
+    def run() -> Tensor:
+        replay()
+        return y
+
+    return run

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from linear import machine
+from measured import machine
 
 import rewardzip as rz
 

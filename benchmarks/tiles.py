@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from linear import machine
+from measured import machine
 
 from rewardzip import tune
 

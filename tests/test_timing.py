@@ -1,7 +1,6 @@
 """A call's parts on a GPU, with a stand-in for it; and what the tables count as work."""
 
-import runpy
-import sys
+import importlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,49 +83,97 @@ def test_a_calls_parts(gpu):
 
 
 @pytest.fixture
-def table(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    return runpy.run_path(str(BENCHMARKS / "linear.py"))
+def benchmarks(monkeypatch):
+    """The tables' modules, imported by their names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
-def test_a_providers_bytes_and_share_of_the_roofline(table):
-    work, m, n, k = table["work"], 4096, 1024, 512
+def test_a_layers_bytes_and_share_of_the_roofline(benchmarks):
+    m, n, k = 4096, 1024, 512
+
+    def work(name, m, n, k, seconds, device):
+        return benchmarks("measured").work(name, m, k + n, n * k, seconds, device, products="tf32")
+
     rows = m * (n + k)
     moved = {"fp32": 4 * rows + 4 * n * k, "AMP bf16": 4 * rows + 4 * n * k, "bf16": 2 * rows + 2 * n * k}
     moved |= {"rewardzip int8": 4 * rows + n * k, "rewardzip int8, bf16 rows": 2 * rows + n * k}
+    moved |= {
+        "gemlite int8": 2 * rows + n * k,
+        "bf16, graph": 2 * rows + 2 * n * k,
+        "torch.ao dynamic": 4 * rows + n * k,
+    }
     for name, expected in moved.items():
-        assert work(name, m, n, k, 1e-3, "some CPU") == (expected, 2 * m * n * k, None)
+        done = work(name, m, n, k, 1e-3, "some CPU")
+        assert (done["bytes"], done["operations"], done["roofline"]) == (expected, 2 * m * n * k, None)
+        assert done["GB/s"] == pytest.approx(expected / 1e6)
+        assert done["TFLOP/s"] == pytest.approx(2 * m * n * k / 1e9)
+        assert done["dtype"] == ("float16" if "gemlite" in name else "bfloat16" if expected < 3 * rows else "float32")
     # memory is the floor of few rows, products of many
-    assert work("rewardzip int8, bf16 rows", 1, n, k, 1e-6, "NVIDIA H200")[2] == pytest.approx(
+    assert work("rewardzip int8, bf16 rows", 1, n, k, 1e-6, "NVIDIA H200")["roofline"] == pytest.approx(
         (2 * (n + k) + n * k) / 4.8e12 / 1e-6
     )
-    many = {"rewardzip int8": 494.5e12, "bf16": 989e12, "rewardzip int8 x int8": 1979e12}
+    many = {"rewardzip int8": 494.5e12, "bf16": 989e12, "AMP fp16": 989e12, "rewardzip int8 x int8": 1979e12}
     for name, rate in many.items():
-        share = work(name, 1 << 16, 4096, 4096, 1e-2, "NVIDIA H200")[2]
+        share = work(name, 1 << 16, 4096, 4096, 1e-2, "NVIDIA H200")["roofline"]
         assert share == pytest.approx(2 * (1 << 16) * 4096 * 4096 / rate / 1e-2)
-    assert work("bf16", m, n, k, 1.0, "NVIDIA A100-SXM4-80GB")[2] is not None
-    assert work("bf16", 1, n, k, 1e-6, "NVIDIA H100 80GB HBM3")[2] == pytest.approx(
+    assert work("bf16", m, n, k, 1.0, "NVIDIA A100-SXM4-80GB")["roofline"] is not None
+    assert work("bf16", 1, n, k, 1e-6, "NVIDIA H100 80GB HBM3")["roofline"] == pytest.approx(
         2 * (n + k + n * k) / 3.35e12 / 1e-6
     )
-    assert work("bf16", m, n, k, 1.0, "NVIDIA GeForce RTX 4090")[2] is None
+    assert work("bf16", m, n, k, 1.0, "NVIDIA GeForce RTX 4090")["roofline"] is None
 
 
-def test_the_least_a_model_could_do(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    models = runpy.run_path(str(BENCHMARKS / "models.py"))
-    net = models["Reward"]((5, 3), (16,), torch.nn.ReLU)
-    weights = 8 * 16 + 16
-    rows = 4 * 100 * (5 + 3 + 1)
-    inputs = torch.zeros(100, 5), torch.zeros(100, 3)
-    for name, byte in {
-        "fp32": 4,
-        "AMP bf16": 4,
-        "bf16": 2,
-        "rewardzip int8": 1,
-        "rewardzip int8 x int8, graph": 1,
-    }.items():
-        least = models["work"](name, net, inputs, 1e-6, "NVIDIA H200")
-        assert least["bytes"] == rows + byte * weights
-        assert least["operations"] == 2 * 100 * weights
-        assert least["roofline"] == pytest.approx(least["bytes"] / 4.8e12 / 1e-6)
-    assert models["work"]("fp32", net, inputs, 1e-6, "some CPU")["roofline"] is None
+def test_the_machine_is_told_without_its_tools(benchmarks, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    told = benchmarks("measured").machine()
+    assert told["commit"] == ""
+    assert told["device"]
+
+
+class OnGpu:
+    """Stands for rows on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
+    def __len__(self):
+        return 256
+
+    def to(self, dtype):
+        return OnGpu(dtype)
+
+
+def test_a_graph_of_every_way_to_run_a_model(benchmarks, monkeypatch):
+    models, skipped = benchmarks("models"), {}
+    monkeypatch.setattr(torch, "compile", lambda model, **_: torch.nn.Sequential(model))
+    monkeypatch.setattr(models.rz, "capture", lambda model, rows: (model, rows[0].dtype))
+    for name in ("32-64-64-1", "23-256-256-1 x 5", "TD-MPC2 512-512-512-101"):
+        shape = models.MODELS[name]
+        model = models.Ensemble(shape) if shape.members > 1 else models.Reward(shape)
+        made = models.providers(model.requires_grad_(False), (OnGpu(), OnGpu()), True, skipped)
+        alone = [name for name in made if not name.endswith(", graph")]
+        assert {"fp32, TF32", "AMP fp16", "fp16", "compile", "rewardzip int8, fp16 rows"} <= set(alone)
+        for name in alone:
+            if name == models.REDUCED:
+                assert f"{name}, graph" not in made
+            else:
+                captured, dtype = made[f"{name}, graph"]
+                assert captured is made[name]
+                assert dtype == models.rows_dtype(name)
+    assert not skipped
+
+
+def test_a_rival_that_cannot_run_here_is_named_and_the_others_are_timed(benchmarks, monkeypatch):
+    models, skipped = benchmarks("models"), {}
+
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(models, "amp", broken)
+    model = models.Reward(models.MODELS["24-64-64-1"]).requires_grad_(False)
+    made = models.providers(model, (torch.zeros(4, 18), torch.zeros(4, 6)), False, skipped)
+    assert skipped == dict.fromkeys(("AMP bf16", "AMP bf16, training"), "RuntimeError: no such kernel")
+    assert {"fp32", "bf16", "rewardzip int8"} <= set(made)
