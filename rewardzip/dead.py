@@ -49,7 +49,8 @@ def living(model: nn.Module, keep: Container[str] = ()) -> Kept:
                 idle |= (part.known & ((part.values == 0) | folds)).cpu()
             dead &= idle
     for dead in found.values():
-        dead[0] &= not bool(dead.all())  # a layer keeps a neuron
+        # a whole layer that does nothing has not learnt yet, as before a last layer that starts at zero
+        dead &= not bool(dead.all())
     return {name: ~dead for name, dead in found.items() if bool(dead.any())}
 
 

@@ -172,3 +172,11 @@ def test_blocks_keep_their_places():
 def test_nothing_is_traced_without_cause(monkeypatch):
     monkeypatch.setattr("rewardzip.dead.living", lambda *_: 1 / 0)
     rz.swap(rz.RewardMLP(5, 2), rz.Int8())
+
+
+def test_a_layer_that_has_not_learnt_yet_stays():
+    model = rz.RewardMLP(17, 6, (64, 64)).requires_grad_(False)
+    torch.nn.init.zeros_(model.net[-1].weight)
+    fast = rz.swap(model, rz.Int8())
+    assert [m.out_features for m in fast.net if hasattr(m, "out_features")] == [64, 64, 1]
+    rz.refresh(fast, rz.RewardMLP(17, 6, (64, 64)))
