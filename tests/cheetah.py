@@ -26,8 +26,8 @@ class CheetahReward(nn.Module):
 
 
 @lru_cache
-def transitions(steps: int = 12_000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(state, action, next state, reward) of a random policy, inputs standardised."""
+def seen(steps: int = 12_000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(state, action, next state, reward) of a random policy."""
     gymnasium = pytest.importorskip("gymnasium")
     pytest.importorskip("mujoco")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -42,9 +42,20 @@ def transitions(steps: int = 12_000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows.append([torch.as_tensor(x, dtype=torch.float32) for x in (state, action, after, reward)])
         state = env.reset()[0] if terminated or truncated else after
     env.close()
-    s, a, n, r = (torch.stack(column) for column in zip(*rows, strict=True))
-    mean, std = s.mean(0), s.std(0)
-    return (s - mean) / std, a, (n - mean) / std, r
+    state, action, after, reward = (torch.stack(column) for column in zip(*rows, strict=True))
+    return state, action, after, reward
+
+
+def scale() -> tuple[Tensor, Tensor]:
+    """The mean and the deviation of each number of a state."""
+    state = seen()[0]
+    return state.mean(0), state.std(0)
+
+
+def transitions() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(state, action, next state, reward) of a random policy, states standardised."""
+    (state, action, after, reward), (mean, std) = seen(), scale()
+    return (state - mean) / std, action, (after - mean) / std, reward
 
 
 @lru_cache

@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from concurrent.futures import Future
+from itertools import pairwise
 
 import pytest
 import torch
@@ -430,12 +433,44 @@ def test_neon_tile_selects_its_dot_product():
     assert int(run_python(NEON)) == 24
 
 
+def test_nobody_waits_for_a_worker_that_has_not_begun(monkeypatch):
+    torch.set_num_threads(2)
+    class Asleep:
+        def submit(self, work):
+            return Future()
+
+    monkeypatch.setattr(threads, "_workers", lambda count: Asleep())
+    done = []
+    threads.run(lambda start, stop: done.append((start, stop)), [(0, 5), (5, 7), (7, 12)])
+    assert done == [(0, 5), (5, 7), (7, 12)]
+
+
+def test_pieces_are_done_once_and_errors_come_through():
+    torch.set_num_threads(2)
+    pieces = threads.ranges(1000, 2, 12, 48)
+    done = []
+    threads.run(lambda start, stop: done.append((start, stop)), pieces)
+    assert sorted(done) == pieces
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == 1000
+    assert all(a[1] == b[0] for a, b in pairwise(pieces))
+
+    def fails(start, stop):
+        time.sleep(0.01)
+        raise RuntimeError("not this one")
+
+    with pytest.raises(RuntimeError, match="not this one"):
+        threads.run(fails, pieces)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one processor")
 def test_workers_keep_off_the_callers_processor():
+    torch.set_num_threads(2)
     all_of_them, seen = os.sched_getaffinity(0), {}
 
     def note(start, stop):
         seen[threading.current_thread().name] = os.sched_getaffinity(0)
+        time.sleep(0.05)  # or the caller would have done it all
 
     for _ in range(3):  # a worker begins where it is told to only once it is known
         threads.run(note, [(0, 1), (1, 2)])

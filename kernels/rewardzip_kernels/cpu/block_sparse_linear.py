@@ -21,6 +21,7 @@ from .block_packing import GROUPS, packed_blocks
 from .block_tile import OUTPUTS, Wide, heights, interleave, piece_sums
 from .engine import kernel
 from .instruction_sets import choose
+from .linear import BLOCK
 from .pointers import f32, i32, i64, load, stack
 from .quick import settled_rows
 from .rows import take_rows
@@ -168,7 +169,7 @@ def block_sparse_linear(
     if count > 1 and m < count * 2 * layer.tall:
         threads.run(some_panels, layer.packed.panel_ranges(count))
     elif m:
-        threads.run(some_rows, threads.ranges(m, count, layer.tall))
+        threads.run(some_rows, threads.ranges(m, count, layer.tall, BLOCK))
     return y.to(x.dtype)
 
 

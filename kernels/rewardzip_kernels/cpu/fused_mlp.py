@@ -152,7 +152,7 @@ class Network:
         def some_rows(start: int, stop: int) -> None:
             run(table, threads.scratch(self.scratch), places, start, stop, m, y_at)
 
-        threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+        threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12, BLOCK))
 
     def gradient(self) -> "Gradient | None":
         """Its form that gives the gradient of its one output as well, or None."""
@@ -262,7 +262,7 @@ class Gradient:
         if 2 * m * network.work < network.parallel_work or m <= BLOCK or torch.get_num_threads() == 1:
             some_rows(0, m)
         else:
-            threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12))
+            threads.run(some_rows, threads.ranges(m, torch.get_num_threads(), 12, BLOCK))
         return y, gradient
 
 

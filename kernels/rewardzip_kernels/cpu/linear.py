@@ -104,7 +104,7 @@ def linear(
         run(*fixed, threads.scratch(size), x_at, m, y_at, start, stop)
 
     if m >= count * BLOCK:
-        threads.run(some_rows, threads.ranges(m, count, 12))
+        threads.run(some_rows, threads.ranges(m, count, 12, BLOCK))
     else:
         threads.run(some_panels, threads.ranges(panels, count, 1))
     return y

@@ -19,6 +19,7 @@ from .activations import ACTIVATIONS
 from .engine import kernel
 from .instruction_sets import choose
 from .keeping import kept
+from .linear import BLOCK
 from .nonzeros import nonzero_sums
 from .pointers import f32, i32, load, stack, store
 from .quick import settled_rows
@@ -131,7 +132,7 @@ def sparse_rows_linear(
     if m * stored.work < PARALLEL_WORK or count == 1:
         some_rows(0, m)
     elif m >= count * block:
-        threads.run(some_rows, threads.ranges(m, count, block))
+        threads.run(some_rows, threads.ranges(m, count, block, BLOCK))
     else:
         threads.run(some_outputs, threads.ranges(n, count, GROUP))
     return y if x.dtype == torch.float32 else y.to(x.dtype)

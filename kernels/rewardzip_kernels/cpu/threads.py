@@ -18,6 +18,9 @@ class _Local(threading.local):
 
 
 _local = _Local()
+# a thread's share is cut into so many where they may be short
+PIECES = 4
+
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -33,22 +36,39 @@ def scratch(size: int) -> int:
     return _local.address
 
 
-def ranges(count: int, parts: int, quantum: int) -> list[tuple[int, int]]:
-    """``range(count)`` in at most ``parts`` pieces whose lengths are multiples of ``quantum``, but for the last."""
+def ranges(count: int, parts: int, quantum: int, least: int | None = None) -> list[tuple[int, int]]:
+    """``range(count)`` in at most ``parts`` pieces whose lengths are multiples of ``quantum``, but for the last.
+
+    least: where no piece need be longer than this, several for each part, so that who is done sooner does more.
+    """
     step = -(-count // (parts * quantum)) * quantum
+    if least is not None:
+        step = min(step, max(least, -(-count // (parts * PIECES * quantum)) * quantum))
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def run(call: Callable[[int, int], None], pieces: list[tuple[int, int]]) -> None:
-    """``call(start, stop)`` for every piece, the first on the calling thread."""
-    if len(pieces) > 1:
+    """``call(start, stop)`` for every piece, on the calling thread and on as many others as torch has threads.
+
+    Nobody is waited for who has not begun: waking a thread takes longer than some of the pieces, and on a busy machine
+    it may not come at all. Each takes the next piece when it is done with one.
+    """
+    left = iter(pieces)
+
+    def work() -> None:
+        for piece in left:
+            call(*piece)
+
+    others = min(torch.get_num_threads(), len(pieces)) - 1
+    if others > 0:
         _steer()
-    waiting = [_workers(len(pieces) - 1).submit(call, *piece) for piece in pieces[1:]]
+    waiting = [_workers(others).submit(work) for _ in range(others)]
     try:
-        call(*pieces[0])
+        work()
     finally:
         for future in waiting:
-            future.result()
+            if not future.cancel():
+                future.result()
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
