@@ -1,6 +1,6 @@
 """A call's parts on a GPU, with a stand-in for it; and what the tables count as work."""
 
-import importlib
+import importlib.util
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,9 +84,16 @@ def test_a_calls_parts(gpu):
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """The tables' modules, imported by their names."""
+    """The tables' modules, each loaded from its file: the tests have a ``models`` of their own."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def test_a_layers_bytes_and_share_of_the_roofline(benchmarks):
