@@ -9,8 +9,18 @@ from checked import DEVICE, cells, timed
 
 import rewardzip as rz
 
+
+def amp(model):
+    def run(*inputs):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return model(*inputs)
+
+    return run
+
+
 FORMS = {
     "fp32": lambda model: model,
+    "AMP bf16": amp,
     "bf16": lambda model: copy.deepcopy(model).bfloat16(),
     "int8": lambda model: rz.swap(model, rz.Int8()),
     "int8 x int8": lambda model: rz.swap(model, rz.Int8(activations="dynamic")),
@@ -46,12 +56,13 @@ def gradient(model, *inputs):
 
 @cells
 @pytest.mark.parametrize("width", [64, 256], ids=["small", "large"])
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "bf16"])
+@pytest.mark.parametrize("name", FORMS)
 def test_gradient(benchmark, name, width, rows):
     torch.manual_seed(0)
     model = rz.RewardMLP(17, 6, hidden=(width, width)).to(DEVICE).eval().requires_grad_(False)
     many = torch.randn(max(rows, 256), 17, device=DEVICE), torch.randn(max(rows, 256), 6, device=DEVICE)
     exact = gradient(copy.deepcopy(model).double(), *[x.double() for x in many])
     run = partial(gradient, FORMS[name](model))
+    many = [x.bfloat16() for x in many] if name == "bf16" else many
     group = f"gradient: 17+6, {width}, {width}, 1, {rows} rows"
     timed(benchmark, group, partial(run, *many), exact, OF_SLOPES, partial(run, *[x[:rows] for x in many]))

@@ -7,12 +7,15 @@ rivals and in turn, are ``linear.py`` and ``models.py``.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from providers import amp, dense
 from torch import Tensor, nn
+
+from rewardzip.timing import apart, interleaved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"small": (64, 64), "large": (1024, 1024)}
@@ -33,19 +36,27 @@ def timed(
     tolerance: float = TOLERANCE,
     then: Callable[[], object] | None = None,
 ) -> None:
-    """Time the call, or ``then`` where one is given, if the call's result is right; fail without a time if not."""
+    """Time the call, or ``then`` where one is given, if the call's result is right; fail without a time if not.
+
+    On a GPU ``extra_info`` has the kernels' seconds with a cold cache and a warm one, and those of Python apart.
+    """
     benchmark.group = group
     with torch.no_grad():
         error = float((call().double() - exact).norm() / exact.norm())
         if not error <= tolerance:
             pytest.fail(f"wrong by {error:.2g}: not timed")
 
+        call = then or call
+
         def run() -> None:
-            (then or call)()
+            call()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
         benchmark.pedantic(run, rounds=20, iterations=5, warmup_rounds=2)
+        if DEVICE == "cuda":
+            # pytest-benchmark's clock has Python and the driver in it: beside it what the tables have
+            benchmark.extra_info |= asdict(interleaved({group: call}, DEVICE, 0.1)[group]) | apart(call, DEVICE)
 
 
 def rivals(layer: nn.Linear, x: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -1,6 +1,7 @@
 """The pytest-benchmark files: each runs, and a wrong result gets no time."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+from rewardzip.timing import Timing
 
 pytest.importorskip("pytest_benchmark")
 
@@ -45,7 +48,7 @@ class Benchmark:
     """Stands for the fixture: counts what was timed."""
 
     def __init__(self):
-        self.timed = 0
+        self.timed, self.extra_info = 0, {}
 
     def pedantic(self, run, **rounds):
         run()
@@ -90,3 +93,26 @@ def test_what_was_pruned_is_what_a_form_is_held_to(checked):
     with pytest.raises(pytest.fail.Exception, match="not timed"):
         test(benchmark, "ours", (64, 64), 16)
     assert benchmark.timed == 0
+
+
+def test_on_a_gpu_the_tables_own_timing_stands_beside(checked, monkeypatch):
+    monkeypatch.setattr(checked, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        checked, "interleaved", lambda calls, device, seconds: {name: Timing(2.0, 1.0, 3.0) for name in calls}
+    )
+    monkeypatch.setattr(checked, "apart", lambda call, device: {"warm": 1.5, "python": 0.5})
+    benchmark, x = Benchmark(), torch.randn(3)
+    checked.timed(benchmark, "an op", lambda: x, x.double())
+    assert benchmark.extra_info == {"p50": 2.0, "p10": 1.0, "p90": 3.0, "warm": 1.5, "python": 0.5}
+
+
+def test_every_ops_rivals_have_amp_and_bf16():
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *map(str, FILES)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    ).stdout  # fmt: skip
+    for file in FILES:
+        if file.stem != "bench_quantize_rows":  # no product, so nothing to run in mixed precision
+            for rival in ("fp32", "AMP bf16", "bf16"):
+                assert re.search(rf"{file.name}::\w+\[{rival}-", told), (file.name, rival)
