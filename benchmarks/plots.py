@@ -52,7 +52,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     shown = [m for m in ROWS if any(key[0] == m for key in faster)]
     with plt.rc_context({"svg.hashsalt": "rewardzip", "font.size": 9, "font.family": "DejaVu Sans"}):
         figure, panels = plt.subplots(
-            len(shown), 1, figsize=(11, 2.3 * len(shown)), squeeze=False, sharex=True, layout="constrained"
+            len(shown), 1, figsize=(8.5, 2.1 * len(shown)), squeeze=False, sharex=True, layout="constrained"
         )
         for panel, m in zip(panels[:, 0], shown, strict=True):
             present = [p for p in PROVIDERS if any((m, model, p) in faster for model in models)]
@@ -70,7 +70,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
             panel.set_title(f"{m:,} row{'s' if m > 1 else ''}", loc="left")
             panel.spines[["top", "right"]].set_visible(False)
-        panels[-1, 0].set_xticks(range(len(models)), models, rotation=15)
+        panels[-1, 0].set_xticks(range(len(models)), models, rotation=20, ha="right", rotation_mode="anchor")
         panels[0, 0].legend(ncols=len(PROVIDERS) // 2, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.15))
         told = rows[0]
         source = f"{told['device']}, {told.get('threads', '?')} thread, torch {told['torch']}, {told['date']}"
