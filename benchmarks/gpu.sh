@@ -42,10 +42,10 @@ for part in $parts; do
       step tests 60 "$python" -m pytest -q -p no:cacheprovider tests/test_quantize_rows.py
     else
       step tests 100 "${pytest[@]}" $kernels
-      step tests-others 30 "${pytest[@]}" tests $(printf -- '--ignore %s ' $kernels)
+      step tests-others 25 "${pytest[@]}" tests $(printf -- '--ignore %s ' $kernels)
     fi
     ;;
-  launch) step launch 15 "$python" benchmarks/launch_cost.py ;;
+  launch) step launch 30 "$python" benchmarks/launch_cost.py ;;
   bench)
     if [ "$dry" = 1 ]; then
       step linear 60 "$python" benchmarks/linear.py --quick --no-compile --out "$out"

@@ -203,15 +203,17 @@ def main() -> None:
             with torch.no_grad():
                 for provider, call in providers(model, many, not options.no_compile, skipped).items():
                     given = [x.to(rows_dtype(provider)) for x in many]
+                    timed = partial(call, *[x[:rows] for x in given])
                     try:
                         error = float((call(*given).double() - exact).norm() / exact.norm())
-                    except Exception as failure:  # what compiles at its first call fails there
+                        timed()
+                    except Exception as failure:  # what compiles or records at its first call fails there
                         skipped[provider] = f"{type(failure).__name__}: {failure}".splitlines()[0]
                         continue
                     if not error <= TOLERANCE:
                         print(f"  {provider:28} wrong by {error:.2g}: not timed")
                         continue
-                    calls[provider] = partial(call, *[x[:rows] for x in given])
+                    calls[provider] = timed
                 taken = interleaved(calls, device, 0.2 if options.quick else options.seconds)
                 parts = {name: apart(call, device) for name, call in calls.items()} if device == "cuda" else {}
             values = sum(shape.inputs) + shape.outputs * shape.members

@@ -77,7 +77,7 @@ def test_without_a_gpu_every_part_has_small_steps(tmp_path):
 
 
 def test_what_ran_out_of_time_is_told_from_what_failed(tmp_path):
-    for code, words in (("124", "time was up after 15 s"), ("3", "FAILED")):
+    for code, words in (("124", "time was up after 30 s"), ("3", "FAILED")):
         printed, status, _ = rehearse(tmp_path, "launch", CODE=code)
         assert status == 1
         assert f"== launch {words}" in printed.replace(": ", " ")

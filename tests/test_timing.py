@@ -1,6 +1,8 @@
 """A call's parts on a GPU, with a stand-in for it; and what the tables count as work."""
 
 import importlib.util
+import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,3 +186,21 @@ def test_a_rival_that_cannot_run_here_is_named_and_the_others_are_timed(benchmar
     made = models.providers(model, (torch.zeros(4, 18), torch.zeros(4, 6)), False, skipped)
     assert skipped == dict.fromkeys(("AMP bf16", "AMP bf16, training"), "RuntimeError: no such kernel")
     assert {"fp32", "bf16", "rewardzip int8"} <= set(made)
+
+
+@pytest.mark.parametrize("table", ["models", "linear"])
+def test_a_rival_that_fails_at_its_first_call_does_not_end_the_table(benchmarks, monkeypatch, capsys, tmp_path, table):
+    def fails(*_):
+        raise RuntimeError("cannot compile")
+
+    module, failing = benchmarks(table), torch.nn.Module()
+    failing.forward = fails
+    make = module.providers
+    monkeypatch.setattr(module, "providers", lambda *given: make(*given) | {"AMP bf16": failing})
+    monkeypatch.setattr(sys, "argv", [table, "--quick", "--no-compile", "--out", str(tmp_path)])
+    module.main()
+    assert "not run: AMP bf16: RuntimeError: cannot compile" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {"fp32", "rewardzip int8"} <= {row["provider"] for row in rows}
+    assert {"dtype", "bytes", "operations", "GB/s", "TFLOP/s", "roofline", "device", "commit"} <= set(rows[0])
