@@ -18,8 +18,7 @@ step() { # name, seconds, command...: run it for at most that long, keep its out
   local name=$1 limit=$2 code
   shift 2
   echo "== $name"
-  # interrupted, not killed: pytest then tells what it has run
-  timeout --kill-after 15 --signal INT "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-40}"
+  timeout --kill-after 15 ${gently:-} "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n "${LINES_SHOWN:-40}"
   code=${PIPESTATUS[0]}
   case $code in
   0) ;;
@@ -34,7 +33,8 @@ for part in $parts; do
     step machine 15 "$python" -m rewardzip doctor
     command -v nvidia-smi >/dev/null && step nvidia-smi 5 nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE
     ;;
-  tests) # those of the kernels on the GPU first
+  tests) # those of the kernels on the GPU first; interrupted once, pytest tells what it has run
+    gently="--foreground --signal INT"
     pytest=("$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
     "$python" -c "import xdist" 2>/dev/null && pytest+=(-n 8 --dist worksteal)
     kernels=$(grep -lE '^from conftest import .*(GPU|need_triton)' tests/test_*.py)
@@ -44,6 +44,7 @@ for part in $parts; do
       step tests 100 "${pytest[@]}" $kernels
       step tests-others 25 "${pytest[@]}" tests $(printf -- '--ignore %s ' $kernels)
     fi
+    gently=""
     ;;
   launch) step launch 30 "$python" benchmarks/launch_cost.py ;;
   bench)
