@@ -13,9 +13,11 @@ from typing import Literal
 
 from torch import nn
 
+from rewardzip_kernels.blocks import default_block
+
 from .chain import WEIGHTS_OF_ONE_CALL
 from .nn.base import CompressedLinear, check_source
-from .nn.block_sparse_linear import BLOCK, BlockSparseLinear
+from .nn.block_sparse_linear import BlockSparseLinear
 from .nn.sparse24_linear import Sparse24Linear
 from .nn.sparse_linear import reaches
 from .nn.sparse_rows_linear import SparseRowsLinear
@@ -23,6 +25,9 @@ from .nn.zeros import Zeros
 from .patterns import SOME, Pattern, find_pattern
 
 Rows = Literal["float", "dynamic"]
+
+# what the route is measured with
+BLOCK = default_block("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,13 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"
 
 
+def block_of(linear: nn.Linear, device: str | None = None) -> tuple[int, int]:
+    """The block a pruned layer is packed in: the device's own where its zeros lie so, otherwise the smallest."""
+    weight, _ = check_source("swap", linear)
+    own = default_block(device or weight.device)
+    return own if own == BLOCK or find_pattern(weight).block == own else BLOCK
+
+
 def _scattered(pattern: Pattern) -> bool:
     """Whether the weights take less room one by one than in blocks: a few of them then fill each block."""
     stored = pattern.filled.get(BLOCK, 1.0) * (BLOCK[0] * BLOCK[1] + 4)
@@ -70,7 +82,7 @@ FORMS = (
         "blocks",
         lambda pattern: BLOCK in pattern.filled,
         _blocks_win,
-        lambda linear, rows: BlockSparseLinear.from_linear(linear, BLOCK, "int8", rows),
+        lambda linear, rows: BlockSparseLinear.from_linear(linear, block_of(linear), "int8", rows),
     ),
     Form(
         "2:4",

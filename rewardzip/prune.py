@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rewardzip_kernels.blocks import grid
+from rewardzip_kernels.blocks import default_block, grid
 
 from .channels import Channels
 from .constraints import copied, masked
@@ -49,7 +50,8 @@ class Prune(Step):
         layer is fitted anew); "random", as a control. The middle two need data. With data, what a neuron gave on
         average moves into the next bias under any of them.
     scope: whether the amount holds for each "layer", or for the whole "model", the least important going first.
-    block: (outputs, inputs). Blocks at the edges may be cut short.
+    block: (outputs, inputs); None is what the layer's device multiplies best, (16, 4) on a CPU and (64, 64) on a GPU.
+        Blocks at the edges may be cut short.
     rounds: pruned in so many steps, large ones first (cubic), and trained after each for finetune_steps towards the
         outputs of the original.
     skip: names or shell wildcards of layers to leave alone. Layers with one output always are.
@@ -61,13 +63,14 @@ class Prune(Step):
     threshold: float | None = None
     importance: Importance = "magnitude"
     scope: Literal["layer", "model"] = "layer"
-    block: tuple[int, int] = (16, 4)
+    block: tuple[int, int] | None = None
     rounds: int = 1
     finetune_steps: int = 0
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", tuple(self.block))
+        if isinstance(self.block, list):
+            object.__setattr__(self, "block", tuple(self.block))
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
         if self.pattern not in ("unstructured", "block", "neurons") and self._of_each is None:
             raise ValueError(
@@ -80,24 +83,28 @@ class Prune(Step):
             )
         if self._of_each is None and (self.amount is None) == (self.threshold is None):
             raise ValueError(f"Prune: one of amount={self.amount} and threshold={self.threshold} must be given")
-        if self.amount is not None and not 0 <= self.amount <= 1:
-            raise ValueError(f"Prune: amount is {self.amount}; it must be in [0, 1)")
+        if self.amount is not None and not (isinstance(self.amount, Real) and 0 <= self.amount <= 1):
+            raise ValueError(f"Prune: amount is {self.amount!r}; it must be in [0, 1)")
         if self.amount == 1:
             raise ValueError("Prune: amount is 1, which would remove everything")
         if self.threshold is not None and (self.pattern, self.importance) != ("unstructured", "magnitude"):
             raise ValueError(
                 f"Prune: threshold is for 'unstructured' and 'magnitude', not {self.pattern!r} and {self.importance!r}"
             )
-        if self.threshold is not None and not 0 < self.threshold < float("inf"):
-            raise ValueError(f"Prune: threshold is {self.threshold}; it must be positive")
+        if self.threshold is not None and not (isinstance(self.threshold, Real) and 0 < self.threshold < math.inf):
+            raise ValueError(f"Prune: threshold is {self.threshold!r}; it must be positive")
         if self.importance not in IMPORTANCES:
             raise ValueError(f"Prune: importance is {self.importance!r}; it must be one of {', '.join(IMPORTANCES)}")
         if self.scope not in ("layer", "model") or (self.scope == "model" and self.amount is None):
             raise ValueError(f"Prune: scope is {self.scope!r}; it must be 'layer', or 'model' where there is an amount")
-        if len(self.block) != 2 or not all(type(size) is int and size >= 1 for size in self.block):
-            raise ValueError(f"Prune: block is {self.block}; it must be (outputs, inputs), 1 or more each")
-        if self.rounds < 1 or self.finetune_steps < 0:
-            raise ValueError(f"Prune: rounds={self.rounds} must be 1 or more, finetune_steps={self.finetune_steps} 0")
+        if self.block is not None and not _is_block(self.block):
+            raise ValueError(f"Prune: block is {self.block!r}; it must be (outputs, inputs), 1 or more each")
+        whole = type(self.rounds) is int and type(self.finetune_steps) is int
+        if not whole or self.rounds < 1 or self.finetune_steps < 0:
+            raise ValueError(
+                f"Prune: rounds={self.rounds!r} must be 1 or more, finetune_steps={self.finetune_steps!r} 0 or more, "
+                "both whole numbers"
+            )
 
     @property
     def _of_each(self) -> tuple[int, int] | None:
@@ -124,22 +131,30 @@ class Prune(Step):
         if data is None and (self._needs_moments or self.finetune_steps):
             why = f"importance={self.importance!r}" if self._needs_moments else "finetune_steps"
             raise ValueError(f"Prune: {why} needs data, and there is none")
+        if data is not None:
+            _check_runs(model, data)
         if data is not None and self._needs_moments:
             inputs_of = {name: sizes(model.get_submodule(name))[1] for name in readers}
             second = self.importance == "second-order"
             needed = {name: inputs if second else NORM_ROWS for name, inputs in inputs_of.items()}
             check_rows(copied(model), needed, data, "Prune")
 
+    def _block_of(self, layer: Any) -> tuple[int, int]:
+        if self.pattern != "block":
+            return 1, 1
+        return self.block or default_block(layer.weight.device)
+
     def _check_amount(self, layers: Mapping[str, Any]) -> None:
         """That some of each layer goes and some stays, or of the model."""
         if self.amount is None or self.pattern == "neurons":
             return
-        block = self.block if self.pattern == "block" else (1, 1)
-        parts = {f"layer {name!r}": math.prod(grid(*sizes(layer), block)) for name, layer in layers.items()}
+        blocks = {name: self._block_of(layer) for name, layer in layers.items()}
+        parts = {f"layer {n!r}": math.prod(grid(*sizes(layer), blocks[n])) for n, layer in layers.items()}
         if self.scope == "model":
             parts = {"the model": sum(parts.values())}
+        kinds = " and ".join(map(str, dict.fromkeys(blocks.values())))
         for whose, count in parts.items():
-            what = f"{count} blocks of {block}" if self.pattern == "block" else f"{count} weights"
+            what = f"{count} blocks of {kinds}" if self.pattern == "block" else f"{count} weights"
             gone = round(self.amount * count)
             if self.pattern == "block" and gone == 0 < self.amount:
                 raise ValueError(
@@ -214,9 +229,10 @@ class Prune(Step):
         if self.threshold is not None:
             theta = self.threshold * share
             return {name: (w.abs() >= theta) & (w != 0) for name, w in weights.items()}
-        block = self.block if self.pattern == "block" else (1, 1)
+        blocks = {name: self._block_of(layer) for name, layer in layers.items()}
         scores = {}
         for name, weight in weights.items():
+            block = blocks[name]
             score = scored(weight, self.importance, inputs.get(name), generator, block)
             there = scored(weight, "magnitude", None, generator, block) > 0
             scores[name] = score.masked_fill(~there, -1.0)
@@ -228,7 +244,7 @@ class Prune(Step):
         else:
             assert self.amount is not None
             kept = {name: keep_highest(s, round(self.amount * share * s.numel())) for name, s in scores.items()}
-        return {name: spread(k, block, weights[name].shape) & (weights[name] != 0) for name, k in kept.items()}
+        return {name: spread(k, blocks[name], weights[name].shape) & (weights[name] != 0) for name, k in kept.items()}
 
     def _over_model(self, scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         assert self.amount is not None
@@ -236,6 +252,21 @@ class Prune(Step):
         flat = torch.cat([s.flatten().to("cpu") for s in comparable.values()])
         mask = keep_highest(flat, round(self.amount * share * len(flat))).split([s.numel() for s in scores.values()])
         return {n: m.view(s.shape).to(s.device) for (n, s), m in zip(scores.items(), mask, strict=True)}
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, data: Data) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        copied(model).eval()(*data[:1].to(device).inputs)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in data.inputs)
+        kind = type(model).__name__
+        raise ValueError(f"Prune: {kind} does not run on inputs of the shapes {shapes}: {error}") from error
+
+
+def _is_block(block: Any) -> bool:
+    return isinstance(block, tuple) and len(block) == 2 and all(type(side) is int and side >= 1 for side in block)
 
 
 def prune(
@@ -270,6 +301,8 @@ def _mask(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     for name, mask in given.items():
         if name not in layers:
             raise ValueError(f"prune: there is no linear layer {name!r} for a mask; there are {', '.join(layers)}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"prune: the mask of layer {name!r} is {type(mask).__name__}, not a tensor")
         shape = tuple(layers[name].weight.shape)
         if tuple(mask.shape) != shape:
             raise ValueError(f"prune: the mask of layer {name!r} is {tuple(mask.shape)}, its weight {shape}")

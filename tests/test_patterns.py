@@ -113,6 +113,16 @@ def test_an_amount_that_is_the_limit_reaches_it(step, shape, rows, form):
     assert form_of(weight, rows=rows)[0] == form
 
 
+@pytest.mark.parametrize(
+    ("zeros", "device", "block"), [(64, "cuda", (64, 64)), (64, "cpu", (16, 4)), (32, "cuda", (16, 4))]
+)
+def test_zeros_are_packed_as_they_lie(zeros, device, block):
+    linear = nn.Linear(512, 512)
+    with torch.no_grad():
+        linear.weight.mul_(blocks(512, 512, (zeros, zeros), 0.25))
+    assert forms.block_of(linear, device) == block
+
+
 def test_no_promise_without_a_measurement():
     form, why = form_of(masked(blocks(512, 512, (16, 4), 0.1)), "cuda")
     assert form is None

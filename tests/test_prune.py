@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch.nn.utils import prune as torch_prune
 import rewardzip as rz
 from rewardzip import constraints
 from rewardzip.fidelity import pair_agreement
-from rewardzip.importance import keep_highest, keep_of_each, scored
+from rewardzip.importance import keep_highest, keep_of_each, scored, spread
 from rewardzip.moments import damped, least_squares, moments
+from rewardzip.nn import BlockSparseLinear
 from rewardzip.steps import Work, from_dict
+from rewardzip_kernels.blocks import occupied
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,16 @@ def test_n_of_m_stay(n, m, importance):
     kept = (padded != 0).sum(-1)
     assert (kept[:, : 18 // m] == n).all()
     assert (kept <= n).all()
+
+
+def test_blocks_are_those_of_the_device():
+    kept = constraints.settle(rz.prune(nn.Linear(64, 64), rz.Prune("block", 0.5))).weight != 0
+    assert kept.float().mean() == 0.5
+    assert torch.equal(kept, spread(occupied(kept, (16, 4)), (16, 4), kept.shape))
+    there = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    assert rz.Prune("block", 0.5)._block_of(there) == (64, 64)
+    assert rz.Prune("block", 0.5, block=(8, 8))._block_of(there) == (8, 8)
+    assert BlockSparseLinear(128, 128).block == BlockSparseLinear.from_linear(nn.Linear(128, 128)).block == (16, 4)
 
 
 @pytest.mark.parametrize("block", [(16, 4), (4, 1), (16, 16), (5, 7), (64, 64)])
@@ -389,6 +402,11 @@ BAD = [
     (lambda: rz.Prune("block", 0.5, block=(0, 4)), r"block is \(0, 4\)"),
     (lambda: rz.Prune("block", 0.5, block=(4,)), r"block is \(4,\)"),
     (lambda: rz.Prune("unstructured", 0.5, rounds=0), "rounds=0"),
+    (lambda: rz.Prune("unstructured", 0.5, rounds=1.5), "rounds=1.5"),
+    (lambda: rz.Prune("unstructured", 0.5, finetune_steps=0.5), "finetune_steps=0.5"),
+    (lambda: rz.Prune("unstructured", "0.5"), "amount is '0.5'"),
+    (lambda: rz.Prune("unstructured", threshold="0.5"), "threshold is '0.5'"),
+    (lambda: rz.Prune("block", 0.5, block=16), "block is 16"),
 ]
 
 
@@ -435,11 +453,17 @@ def test_what_does_not_fit_the_model_is_refused_and_the_model_untouched():
         (lambda: rz.prune(model, masks={"0": torch.ones(12, 16)}), r"is \(12, 16\), its weight \(16, 12\)"),
         (lambda: rz.prune(model, masks={"0": torch.full((16, 12), 0.5)}), "other values than 0 and 1"),
         (lambda: rz.prune(model, masks={"0": torch.zeros(16, 12)}), "removes everything"),
+        (
+            lambda: rz.prune(model, rz.Prune("unstructured", 0.5, importance="activation"), rows(400, 11)),
+            r"Sequential does not run on inputs of the shapes \(400, 11\)",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             make()
     assert same_state(state, model.state_dict())
     assert kinds == [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match="the mask of layer '0' is list, not a tensor"):
+        rz.prune(model, masks={"0": [[1] * 12] * 16})
     with pytest.raises(TypeError, match="takes a Prune"):
         rz.prune(model, rz.Int8(), x)
     two = nn.LSTM(12, 4)

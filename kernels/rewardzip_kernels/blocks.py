@@ -25,6 +25,11 @@ class Blocks(NamedTuple):
     starts: Tensor
 
 
+def default_block(device: torch.device | str) -> tuple[int, int]:
+    """What is multiplied fastest: a tile of a GPU's tensor cores, or a dword of inputs by a vector of outputs."""
+    return (64, 64) if torch.device(device).type == "cuda" else (16, 4)
+
+
 def grid(n: int, k: int, block: tuple[int, int]) -> tuple[int, int]:
     """How many block rows and block columns a [n, k] weight has."""
     return -(-n // block[0]), -(-k // block[1])

@@ -14,6 +14,7 @@ from rewardzip_kernels.blocks import (
     Blocks,
     check_pattern,
     cut,
+    default_block,
     grid,
     occupied,
     row_of_each,
@@ -28,14 +29,12 @@ from .sparse_linear import SparseLinear
 Values = Literal["int8", "float16", "bfloat16"]
 Rows = Literal["float", "dynamic"]
 
-BLOCK = (16, 4)
-
 
 class BlockSparseLinear(SparseLinear):
     """Blocks of outputs x inputs in int8 with a scale per output, or in 16 bits; see
     ``rewardzip_kernels.block_sparse_linear`` for the numerics.
 
-    block: (16, 4) is what a CPU multiplies, (64, 64) what a GPU's tensor cores do; any shape runs on both.
+    block: None is (16, 4) on a CPU and (64, 64) on a GPU, which each multiplies best; any shape runs on both.
     rows: "float" keeps x as it is, "dynamic" rounds each row of x to int8 (with int8 values).
     """
 
@@ -45,13 +44,14 @@ class BlockSparseLinear(SparseLinear):
         out_features: int,
         stored: int = 0,
         bias: bool = True,
-        block: tuple[int, int] = BLOCK,
+        block: tuple[int, int] | None = None,
         values: Values = "int8",
         rows: Rows = "float",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        block = default_block(device or "cpu") if block is None else block
         if len(block) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in block):
             raise ValueError(f"BlockSparseLinear: block is {block}; it must be (outputs, inputs), each 1 to {MAX_SIDE}")
         if values not in ("int8", "float16", "bfloat16"):
@@ -77,11 +77,12 @@ class BlockSparseLinear(SparseLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, block: tuple[int, int] = BLOCK, values: Values = "int8", rows: Rows = "float"
+        cls, linear: nn.Linear, block: tuple[int, int] | None = None, values: Values = "int8", rows: Rows = "float"
     ) -> Self:
         """Keep the blocks of a dense layer that hold anything but zeros."""
         weight, bias = check_source("BlockSparseLinear", linear)
         (n, k), device = weight.shape, weight.device
+        block = default_block(device) if block is None else block
         # what is wrong with the settings is found before the weights are cut by them
         cls(k, n, 0, bias is not None, block, values, rows, weight.dtype, "meta")
         kept = occupied(weight, block)
