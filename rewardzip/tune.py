@@ -86,6 +86,24 @@ def linear(n: int, k: int, m: int, dtype: torch.dtype, device: torch.device) -> 
     return Case(bucket, list(op.candidates(m, n, k, size)), partial(run, *arguments), reference(*arguments))
 
 
+def sparse24(n: int, k: int, m: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """2:4 int8 weights times float rows, or times rows rounded to int8: up to how many rows packed."""
+    from rewardzip_kernels.gpu import sparse24_linear as op
+    from rewardzip_kernels.gpu.tiles import linear_bucket
+    from rewardzip_kernels.sparse24_layout import pack
+    from rewardzip_kernels.sparse24_linear import sparse24_linear_reference
+
+    weight, scale, bias = _layer(n, k, device)
+    keep = torch.rand(n, k // 4, 4, device=device).argsort(2) < 2
+    x, size = torch.randn(m, k, device=device), dtype.itemsize
+    compute = torch.int8 if dtype == torch.int8 else None
+    x = x if dtype == torch.int8 else x.to(dtype)
+    arguments = x, *pack(weight * keep.view(n, k)), scale, k, bias, "relu", compute
+    bucket = linear_bucket("sparse24_linear", m, n, k, size, 1)
+    expected = sparse24_linear_reference(*arguments)
+    return Case(bucket, list(op.candidates(m, n, k, size)), partial(op.sparse24_linear, *arguments), expected)
+
+
 def head(n: int, k: int, m: int, stored: torch.dtype, device: torch.device) -> Case:
     from rewardzip_kernels.gpu import reward_head as op
     from rewardzip_kernels.gpu.tiles import linear_bucket
@@ -134,6 +152,8 @@ NETWORKS = (
     "36+12: 256 elu, 128 elu, 1",
     "376+17: 256 relu, 256 relu, 1",
 )
+# what swap may pack so: from 2^20 weights on
+PRUNED = ((4096, 4096), (1024, 1024))
 NETWORK_ROWS = (1 << 20, 4096, 32768)
 
 
@@ -142,7 +162,8 @@ def cases() -> list[Callable[[torch.device], Case]]:
     networks = [partial(mlp, layers, m) for m in NETWORK_ROWS for layers in NETWORKS]
     linears = [partial(linear, n, k, m, dtype) for m in ROWS for n, k in SHAPES for dtype in TYPES]
     heads = [partial(head, 4096, 4096, m, stored) for m in ROWS[:-1] for stored in (torch.int8, torch.float16)]
-    return [case for three in zip_longest(networks, linears, heads) for case in three if case is not None]
+    pruned = [partial(sparse24, n, k, m, dtype) for m in ROWS for n, k in PRUNED for dtype in TYPES[1:]]
+    return [case for four in zip_longest(networks, linears, heads, pruned) for case in four if case is not None]
 
 
 def measure(case: Case, device: torch.device, timer: Timer) -> Measured:

@@ -15,9 +15,10 @@ from numerics import assert_dynamic, assert_linear, quantized
 triton = pytest.importorskip("triton")
 
 from rewardzip_kernels import audit  # noqa: E402
-from rewardzip_kernels.gpu import fused_mlp, int8_linear, reward_head, tiles  # noqa: E402
+from rewardzip_kernels.gpu import fused_mlp, int8_linear, reward_head, sparse24_linear, tiles  # noqa: E402
 from rewardzip_kernels.gpu.int8_dynamic_linear import int8_dynamic_linear  # noqa: E402
 from rewardzip_kernels.mlp_layout import layout, parse_layers  # noqa: E402
+from rewardzip_kernels.sparse24_layout import pack  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 NET = "24: 64 relu, 64 relu, 1"
@@ -229,6 +230,28 @@ def test_every_candidate_of_int8_linear_is_right(m, n, k, dtype, poisoned):
             else:
                 rounding = "tf32" if GPU and dtype == torch.float32 else None
                 y = int8_linear.int8_linear(x.to(dtype), q, scale, bias, "relu")
+                assert_linear(y, x.to(dtype), q, scale, bias, "relu", rounding)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 33, 70), (9, 33, 300), (70, 33, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_every_candidate_of_sparse24_linear_is_right(m, n, k, dtype, poisoned):
+    """The dense way among them, which a table may put earlier or later than the rule."""
+    need_triton()
+    q, scale, bias = quantized(n, k, DEVICE)
+    q[:, torch.arange(k) % 4 >= 2] = 0
+    x, stored = torch.randn(m, k, device=DEVICE), pack(q)
+    bucket = tiles.linear_bucket("sparse24_linear", m, n, k, dtype.itemsize, 1)
+    found = sparse24_linear.candidates(m, n, k, dtype.itemsize)
+    assert (sparse24_linear.DENSE in found) == (m > 64)
+    for tile in found:
+        with tiles.planted({bucket: tile}):
+            if dtype == torch.int8:
+                y = sparse24_linear.sparse24_linear(x, *stored, scale, k, bias, "relu", dtype)
+                assert_dynamic(y, x, q, scale, bias, "relu", None)
+            else:
+                rounding = "tf32" if GPU and dtype == torch.float32 else None
+                y = sparse24_linear.sparse24_linear(x.to(dtype), *stored, scale, k, bias, "relu")
                 assert_linear(y, x.to(dtype), q, scale, bias, "relu", rounding)
 
 

@@ -22,6 +22,8 @@ SMALL = {
     "int8_linear": partial(tune.linear, 9, 40, 3, torch.float32),
     "int8_linear, fp16 rows": partial(tune.linear, 9, 40, 40, torch.float16),
     "int8_dynamic_linear": partial(tune.linear, 9, 40, 3, torch.int8),
+    "sparse24_linear": partial(tune.sparse24, 9, 128, 70, torch.float16),
+    "sparse24_linear, int8 rows": partial(tune.sparse24, 9, 40, 9, torch.int8),
     "reward_head": partial(tune.head, 9, 40, 20, torch.int8),
     "reward_head of fp16": partial(tune.head, 9, 40, 3, torch.float16),
     "fused_mlp": partial(tune.mlp, "5+4: 33 relu, 20 elu, 1", 9),

@@ -7,10 +7,10 @@ registers anyway. A byte of indices belongs to two groups of 4 inputs that lie h
     indices [N, B]    ->  [BLOCK_N, BLOCK_B]                   x^T [4 BLOCK_B, BLOCK_M] to each
 
 Bytes are what it saves, 5 bits a weight for 8: that pays while rows are few. Many rows take the dense way: the weight
-expanded to [N, K] once a call, and the product of ``int8_linear.py``.
+expanded to [N, K] once a call, and the product of ``int8_linear.py``. Where that begins is a tile like the others, which
+``tiles.py`` may have measured.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import activations
 from ..checks import dense_rows
 from ..sparse24_linear import products
+from . import tiles
 from .int8_linear import TL_DTYPE, finish, weights_times_rows
 from .launch import aligned, launch
 from .quantize_rows import quantize_rows
@@ -168,16 +169,15 @@ def _expand_kernel(
         tl.store(dense_ptr + row * K + column[None, :], w, mask=mask)
 
 
-# rows from which the dense way is taken
-MANY = 512
-
-
 class Tile(NamedTuple):
-    block_m: int  # 0: the GEMV
+    block_m: int  # 0: the GEMV, -1: the dense way
     block_n: int
     block_b: int
     warps: int
     stages: int
+
+
+DENSE = Tile(-1, 0, 0, 0, 0)
 
 
 def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
@@ -185,9 +185,11 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
 
     Up to 4 rows a program takes 8 outputs of one row. Then bytes still count for more than products: 64 x 64, smaller
     while there would be fewer than 128 programs; 16 rows where K ends inside a tile, since masked loads of bytes would
-    spill with more. From MANY rows on an H200's tensor cores need longer for a dense int8 product, 2 * 512 operations a
+    spill with more. From 512 rows on an H200's tensor cores need longer for a dense int8 product, 2 * 512 operations a
     weight, 0.5 ps, than its memory for the expanding, 1.6 bytes a weight, 0.4 ps; here each 64 rows expand anew.
     """
+    if m >= 512:
+        return DENSE
     if m <= 4:
         return Tile(0, 8, 128 if k % 1024 == 0 else 64, 4, 3)
     block_b = 32 if x_bytes == 1 and k % 256 == 0 else 16
@@ -196,6 +198,24 @@ def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
         return Tile(min(32, block_m), 32, block_b, 4, 3)
     # two stages of fp32 rows: three would be 80 KB on a chip that has 64
     return Tile(64, 64, block_b, 4, 2 if x_bytes == 4 else 3)
+
+
+def candidates(m: int, n: int, k: int, x_bytes: int) -> list[Tile]:
+    """What a sweep measures beside the rule's, which comes first: where the GEMV ends and the dense way begins too."""
+    found = [tile(m, n, k, x_bytes)]
+    block_b = 32 if x_bytes == 1 and k % 256 == 0 else 16
+    if m <= 16:
+        found += [Tile(0, block_n, 128 if k % 1024 == 0 else 64, 4, 3) for block_n in (4, 8, 16)]
+    most = 64 if k % (8 * block_b) == 0 else 16
+    sizes = ((16, 16, 2), (16, 32, 4), (32, 32, 4), (64, 64, 4))
+    found += [
+        Tile(block_m, block_n, block_b, warps, 2 if x_bytes == 4 and block_m == 64 else 3)
+        for block_m, block_n, warps in sizes
+        if m > 1 and block_m <= most and (m > 16 or block_m == 16)
+    ]
+    # fp16 and bf16 weights have no GEMV in the dense way
+    found += [DENSE] if m > 64 else []
+    return list(dict.fromkeys(found))
 
 
 class Plan(NamedTuple):
@@ -207,9 +227,15 @@ class Plan(NamedTuple):
 
 
 # worked out once a shape: this is on the path of every call
-@lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, b: int, x_bytes: int, compute: torch.dtype, activation: str) -> Plan:
-    t = tile(m, n, k, x_bytes)
+@tiles.planned
+def plan(
+    m: int, n: int, k: int, b: int, x_bytes: int, value_bytes: int, compute: torch.dtype, activation: str, device: int
+) -> Plan | None:
+    """None: the dense way."""
+    bucket = tiles.linear_bucket("sparse24_linear", m, n, k, x_bytes, value_bytes)
+    t = tiles.choose(bucket, device, tile(m, n, k, x_bytes), lambda: candidates(m, n, k, x_bytes))
+    if t == DENSE:
+        return None
     entry, parameter = activations.parse(activation)
     # even: whole tiles, and a half of K ends with one
     constants: tuple[Any, ...] = (entry.name, parameter, TL_DTYPE[compute], k % (8 * t.block_b) == 0)
@@ -241,14 +267,14 @@ def sparse24_linear(
         quantize_rows(rows, None, q, row_scale)
         rows = q
     values, indices = values.contiguous(), indices.contiguous()
-    if m >= MANY:
+    p = plan(m, n, k, b, rows.element_size(), values.element_size(), compute, activation, x.get_device())
+    if p is None:
         weight = expand(values, indices, k)
         weights_times_rows(rows, weight, scale, bias, activation, row_scale, y, compute)
         return y
-    p = plan(m, n, k, b, rows.element_size(), compute, activation)
     tensors = rows, values, indices, scale, bias, row_scale, y
     types = rows.dtype, values.dtype, y.dtype
-    key = (*types, aligned(*tensors), bias is None, n, k, rows.stride(0), p.constants)
+    key = (*types, aligned(*tensors), bias is None, n, k, rows.stride(0), p.constants, p.warps, p.stages)
     launch(
         p.kernel, p.grid, key, (*tensors, m, n, k, b, rows.stride(0), *p.constants),
         num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=True,
