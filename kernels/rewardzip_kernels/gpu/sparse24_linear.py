@@ -7,8 +7,7 @@ registers anyway. A byte of indices belongs to two groups of 4 inputs that lie h
     indices [N, B]    ->  [BLOCK_N, BLOCK_B]                   x^T [4 BLOCK_B, BLOCK_M] to each
 
 Bytes are what it saves, 5 bits a weight for 8: that pays while rows are few. Many rows take the dense way: the weight
-expanded to [N, K] once a call, and the product of ``int8_linear.py``. Where that begins is a tile like the others, which
-``tiles.py`` may have measured.
+expanded to [N, K] once a call, and the product of ``int8_linear.py``. From how many rows on, a measured table may say.
 """
 
 from typing import Any, NamedTuple
