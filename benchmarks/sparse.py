@@ -82,7 +82,10 @@ def calls_for(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict
     made["rewardzip blocks, int8"] = blocks(layer, x, block, "int8", "float")
     made["rewardzip blocks, int8 x int8"] = blocks(layer, x, block, "int8", "dynamic")
     if x.is_cuda:
+        # as in an fp16 model
         made["rewardzip blocks, fp16"] = blocks(layer, x.half(), block, "float16", "float")
+        made["rewardzip blocks, int8, fp16 rows"] = blocks(layer, x.half(), block, "int8", "float")
+        made["rewardzip blocks, int8 x int8, fp16 rows"] = blocks(layer, x.half(), block, "int8", "dynamic")
     good, wrong = {}, []
     for name, call in made.items():
         error = (call().double() - exact).norm() / exact.norm()
@@ -188,9 +191,10 @@ def main() -> None:
                     ours = [t.p50 for name, t in taken.items() if name.startswith("rewardzip blocks")]
                     rest = [t.p50 for name, t in taken.items() if name.startswith("rewardzip int8")]
                     wins = sparsity if wins is None and ours and min(ours) < min(rest) else wins
+                    if options.out:  # whole after each cell
+                        mine = [row for row in written if row["size"] == size]
+                        write(options.out, f"sparse-{size}-{options.threads}-threads.json", mine)
                 print(f"  blocks beat dense int8 from {'nowhere' if wins is None else f'{100 * wins:g} %'}")
-    for size in options.sizes if options.out else ():
-        write(options.out, f"sparse-{size}-{options.threads}-threads.json", [r for r in written if r["size"] == size])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
                                   [--quick]
 
 2:4 pruning for the 2:4 forms, random pruning at 95, 98 and 99 % for the others; every result is checked against float64
-before it is timed. One thread is timed by its processor time, which other work on the machine hardly touches. A line a
-cell: microseconds of dense fp32, and how many times faster each of the others is.
+before it is timed. One thread is timed by its processor time, which other work on the machine hardly touches; a GPU by
+its events, the L2 cache overwritten before each call, and there this package's forms take fp16 rows. A line a cell:
+microseconds of dense fp32 (on a GPU fp16), and how many times faster each of the others is.
 """
 
 import argparse
@@ -25,16 +26,18 @@ from rewardzip.nn import Int8Linear, Sparse24Linear, SparseRowsLinear
 from rewardzip.timing import interleaved
 
 TOLERANCE = 0.03
+# what takes fp32 rows on a GPU as well
+FLOAT32 = ("fp32", "AMP bf16", "torch CSR")
 PATTERNS = ("2:4", "95 %", "98 %", "99 %")
 
 
-def pruned(n: int, k: int, pattern: str) -> nn.Linear:
-    layer = nn.Linear(k, n).requires_grad_(False)
+def pruned(n: int, k: int, pattern: str, device: str) -> nn.Linear:
+    layer = nn.Linear(k, n, device=device).requires_grad_(False)
     if pattern == "2:4":
         order = layer.weight.abs().view(n, -1, 4).argsort(2).argsort(2)
         layer.weight *= (order >= 2).view(n, k)
     else:
-        layer.weight *= torch.rand(n, k) >= float(pattern.split()[0]) / 100
+        layer.weight *= torch.rand(n, k, device=device) >= float(pattern.split()[0]) / 100
     return layer
 
 
@@ -45,7 +48,7 @@ def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor
         return torch.relu(F.linear(x, layer.weight, layer.bias))
 
     def mixed(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             return torch.relu(F.linear(x, layer.weight, layer.bias))
 
     packed: dict[str, nn.Module] = {
@@ -69,32 +72,50 @@ def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor
             warnings.simplefilter("ignore")  # torch calls its CSR a beta
             csr = layer.weight.to_sparse_csr()
         found["torch CSR"] = lambda x: torch.relu((csr @ x.t()).t() + layer.bias)
+    if layer.weight.is_cuda:
+        weight, bias = layer.weight.half(), layer.bias.half()
+        found["fp16"] = lambda x: torch.relu(F.linear(x, weight, bias))
+        if pattern == "2:4":
+            del packed["2:4 bf16"]
+            sparse = torch.sparse.to_sparse_semi_structured(weight)
+            found["torch 2:4 fp16"] = lambda x: torch.relu(F.linear(x, sparse, bias))
     return found | {name: lambda x, form=form: form(x, "relu") for name, form in packed.items()}
 
 
 def cells(
-    sizes: list[int], row_counts: list[int], patterns: list[str], seconds: float, clock: Callable[[], float]
+    sizes: list[int],
+    row_counts: list[int],
+    patterns: list[str],
+    seconds: float,
+    clock: Callable[[], float],
+    device: str,
 ) -> Iterator[dict[str, object]]:
     for size in sizes:
         for pattern in patterns:
-            layer = pruned(size, size, pattern)
+            layer = pruned(size, size, pattern, device)
             known = forms(layer, pattern)
             exact_weight, exact_bias = layer.weight.double(), layer.bias.double()
             for m in row_counts:
-                x = torch.randn(m, size)
+                x = torch.randn(m, size, device=device)
                 # of many rows the first are enough to tell
                 exact = F.relu(F.linear(x[:64].double(), exact_weight, exact_bias))
                 calls = {}
                 for name, form in known.items():
-                    error = (form(x)[:64].double() - exact).norm() / exact.norm()
+                    rows = x if device == "cpu" or name in FLOAT32 else x.half()
+                    try:
+                        error = float((form(rows)[:64].double() - exact).norm() / exact.norm())
+                    except RuntimeError as failed:  # a rival that does not take such rows
+                        print(f"{size} {pattern} {m} {name}: {failed}".splitlines()[0])
+                        continue
                     if error <= TOLERANCE:
-                        calls[name] = lambda form=form, x=x: form(x)
+                        calls[name] = lambda form=form, rows=rows: form(rows)
                     else:
                         print(f"{size} {pattern} {m} {name}: wrong result ({error:.1e}), not timed")
                 with torch.no_grad():
-                    taken = interleaved(calls, "cpu", seconds, clock)
-                base = taken["fp32"].p50
-                ratios = "  ".join(f"{name} {base / t.p50:.2f}x" for name, t in taken.items() if name != "fp32")
+                    taken = interleaved(calls, device, seconds, clock)
+                against = "fp32" if device == "cpu" else "fp16"
+                base = taken[against].p50
+                ratios = "  ".join(f"{name} {base / t.p50:.2f}x" for name, t in taken.items() if name != against)
                 print(f"{size} {pattern:5} {m:5} rows  {base * 1e6:10.1f} us  {ratios}", flush=True)
                 for name, t in taken.items():
                     yield {"op": "sparse", "size": size, "pattern": pattern, "rows": m, "provider": name, **asdict(t)}
@@ -116,9 +137,10 @@ def main() -> None:
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     if options.quick:
         sizes, rows, seconds = [64], [1, 20], 0.05
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     told = machine()
     print("  ".join(f"{k}: {v}" for k, v in told.items()))
-    for cell in cells(sizes, rows, options.patterns, seconds, clock):
+    for cell in cells(sizes, rows, options.patterns, seconds, clock, device):
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**cell, **told}) + "\n")
