@@ -34,7 +34,7 @@ ELEMENTWISE = {*FUNCTIONS, *(getattr(F, name) for name in ("softplus", "dropout"
 ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, torch.add, torch.sub, torch.mul,
               torch.div, torch.pow, "add", "sub", "mul", "div", "pow"}  # fmt: skip
 CONCATENATIONS = (torch.cat, torch.concat)
-NORMS = (nn.LayerNorm, nn.RMSNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Channels:
             return self._unread(module, given, f"layer {name!r} has a forward of its own")
         if isinstance(module, ELEMENTWISE_MODULES) and _is_alone(module):
             return _mapped(x, module if not isinstance(module, nn.Dropout) else nn.Identity())
-        if isinstance(module, NORMS) and _is_alone(module) and len(module.normalized_shape) == 1:
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1 and _is_alone(module):
+            return _mapped(x, module)
+        if isinstance(module, NORMS) and _is_alone(module) and _norm_size(module) is not None:
             return self._norm(module, name, x)
         if type(module) is MLP and is_plain(module):
             # any number of inputs cannot be traced; they are put side by side for the net
@@ -115,6 +117,8 @@ class Channels:
         found = read(module) if is_plain(module) else "it has hooks"
         if isinstance(found, str):
             what = f"module {name!r}" if name else type(module).__name__
+            if type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children()):
+                found = f"what a {type(module).__name__} does with neurons is not known"
             return self._unread(module, given, f"{what} cannot be followed: {found}")
         return self._graph(module, found[0], given)
 
@@ -145,9 +149,10 @@ class Channels:
         return Value((Part(name, linear.out_features, known, values),), frozenset({name}))
 
     def _norm(self, norm: Any, name: str, x: Value) -> Value:
-        parts = _sized(x.parts, norm.normalized_shape[0])
+        size = _norm_size(norm) or 0
+        parts = _sized(x.parts, size)
         if parts is None:
-            return self._stop([x], f"norm {name!r} takes {norm.normalized_shape[0]} inputs, of what is not clear")
+            return self._stop([x], f"norm {name!r} takes {size} inputs, of what is not clear")
         self._enter(name, parts, x)
         # what a norm makes of a constant depends on its neighbours
         return replace(x, parts=tuple(Part(part.layer, part.width) for part in parts))
@@ -215,6 +220,8 @@ class Channels:
                 return Value(tuple(p for v in joined for p in v.parts), frozenset().union(*(v.sources for v in joined)))
         if node.target in ARITHMETIC or node.target in (operator.iadd, "add_"):
             return self._stop(nodes, "it is combined with another tensor, as in a residual connection")
+        if node.target is F.layer_norm:
+            return self._stop(nodes, "it goes into F.layer_norm, whose size is in the code; an nn.LayerNorm can shrink")
         what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         return self._stop(nodes, f"it goes into {what!r}")
 
@@ -229,6 +236,13 @@ def _in_place(module: nn.Module, node: fx.Node) -> bool:
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") or bool(node.kwargs.get("inplace"))
+
+
+def _norm_size(norm: Any) -> int | None:
+    """The neurons a norm takes, if they are the last dimension alone."""
+    if isinstance(norm, nn.BatchNorm1d):
+        return norm.num_features
+    return norm.normalized_shape[0] if len(norm.normalized_shape) == 1 else None
 
 
 def _is_alone(module: nn.Module) -> bool:

@@ -183,4 +183,10 @@ def _narrow_norm(norm: Any, columns: Tensor) -> None:
         old = getattr(norm, name, None)
         if old is not None:
             setattr(norm, name, nn.Parameter(old.detach()[columns.to(old.device)], old.requires_grad))
-    norm.normalized_shape = (int(columns.sum()),)
+    if not isinstance(norm, nn.BatchNorm1d):
+        norm.normalized_shape = (int(columns.sum()),)
+        return
+    norm.num_features = int(columns.sum())
+    for name in ("running_mean", "running_var"):
+        if (held := getattr(norm, name)) is not None:
+            setattr(norm, name, held[columns.to(held.device)])

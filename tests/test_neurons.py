@@ -199,6 +199,22 @@ def test_norms_without_a_bias_or_weights_shrink():
         assert small(torch.randn(3, 5)).shape == (3, 2)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_batch_norms_and_common_slopes_are_followed(traced):
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.PReLU(), nn.Linear(16, 2)), torch.randn(50, 6)
+    model(x)  # statistics of its own for each neuron
+    model.eval()
+    keep = torch.arange(16) % 3 > 0
+    with torch.no_grad():
+        model[3].weight[:, ~keep] = 0
+    twin, expected = copy.deepcopy(model), model(x)
+    twin = torch.fx.symbolic_trace(twin) if traced else twin
+    shrink(Channels.of(twin), {"0": keep})
+    norm = twin.get_submodule("1")
+    assert norm.num_features == len(norm.running_mean) == len(norm.running_var) == len(norm.weight) == 10
+    assert torch.allclose(twin(x), expected, atol=1e-6)
+
+
 def test_neurons_in_a_concatenation_keep_their_columns():
     model, x = prepared("joined")
     kept = torch.rand(10) > 0.5
@@ -335,6 +351,15 @@ def test_masks_shrink_with_the_layer():
 # what is refused
 
 
+class FunctionalNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.fc2(F.layer_norm(self.fc1(x), (8,)))
+
+
 class Bent(nn.Module):
     """fc1 into fc2 into head, and something in between."""
 
@@ -435,6 +460,8 @@ REFUSED = {
     "softmax": (lambda: Bent(nn.Softmax(-1)), "'fc1' must stay: it goes into 'softmax'"),
     "reshaped": (lambda: Bent(nn.Unflatten(-1, (2, 4)), 4), "'fc1' must stay: it goes into 'unflatten'"),
     "a module not understood": (lambda: Bent(nn.PReLU(8)), "'fc1' must stay: it goes into 'prelu'"),
+    "a module of torch's": (lambda: Bent(nn.InstanceNorm1d(8)), "what a InstanceNorm1d does with neurons is not known"),
+    "a norm in the code": (FunctionalNorm, "it goes into F.layer_norm, whose size is in the code"),
     "untraceable": (Branching, "cannot be followed: forward branches on its arguments"),
     "unclear widths": (Unclear, "'fc2' takes 12 inputs, which parts of which is not clear"),
     "never run": (Aside, "'fc2' must stay: the forward does not run it"),
