@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import os
 import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .chain import WEIGHTS_OF_ONE_CALL, Wide
+from .ensemble import FusedEnsemble
 from .fuse import FusedForward, unfuse
-from .nn import Int8Linear, SparseLinear
+from .nn import GridLinear, Int8Linear, SharedLinear, SparseLinear
 from .parity import error_bound, tensors
 from .score_rows import placement
 from .swap import put, restore
@@ -130,17 +134,40 @@ def unfused(model: nn.Module) -> nn.Module:
                     # the last layer of one call takes its rows as they are
                     last.rows, last.compute_dtype, last.x_scale = "float", None, None
             unfuse(module)
-    sparse = {m: m.filled() for m in model.modules() if isinstance(m, SparseLinear)}
-    named = list(model.named_modules(remove_duplicate=False))
-    return put(model, {name: sparse[m] for name, m in named if isinstance(m, SparseLinear)})
+    known: dict[nn.Module, nn.Module] = {m: m.filled() for m in model.modules() if isinstance(m, SparseLinear)}
+    known |= {m: m.to_linear() for m in model.modules() if isinstance(m, GridLinear | SharedLinear)}
+    known |= {m: _Apart(m) for m in model.modules() if isinstance(m, FusedEnsemble)}
+    # the model itself comes last: what takes its place holds its parts
+    named = reversed(list(model.named_modules(remove_duplicate=False)))
+    return put(model, {name: known[m] for name, m in named if m in known})
+
+
+class _Apart(nn.Module):
+    """The members of an ensemble one by one, which need no launch to share."""
+
+    def __init__(self, ensemble: FusedEnsemble) -> None:
+        super().__init__()
+        self.members, self.reduce = ensemble.members, ensemble.reduce
+
+    def forward(self, *inputs: Tensor) -> Any:
+        outputs = torch.stack([member(*inputs) for member in self.members])
+        if self.reduce == "none":
+            return outputs
+        return outputs.mean(0), outputs.std(0)
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], most_rows: int = 2**31 - 1) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("rows", min=1, max=most_rows)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    shapes: tuple[Any, ...] = ({0: rows},) * len(inputs)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        # what *inputs takes is one argument to torch.export
+        shapes = (*shapes[: len(named)], shapes[len(named) :])
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, inputs, dynamic_shapes=({0: rows},) * len(inputs))
+            return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # whatever the author's code raises when it is traced
         first = (str(error).strip() or "no message").splitlines()[0]
         raise ValueError(
@@ -163,7 +190,10 @@ def _pt2(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[str,
         # an MLP is packed for its one launch at the first call, and is traced as that from then on
         model(*inputs)
     program = _trace(model, inputs)
-    torch.export.save(program, path)
+    # written to memory first: on a full disk torch's own writer ends the process
+    made = io.BytesIO()
+    torch.export.save(program, made)
+    path.write_bytes(made.getbuffer())
     loaded = torch.export.load(path).module()
 
     def run(given: tuple[Tensor, ...]) -> list[Tensor]:

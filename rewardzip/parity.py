@@ -90,7 +90,10 @@ def error_bound(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype
     values = [value for value, _ in (*noted.products, *noted.rounded)]
     bounds = []
     for y in outputs:
-        bound = C * UNIT[dtype] * y.detach().abs().clamp(min=1.0) * 4 / 3
+        # the members of an ensemble come before the rows
+        stacked = len(y) != len(inputs[0]) and y.dim() > 1 and y.shape[1] == len(inputs[0])
+        y = y.transpose(0, 1) if stacked else y
+        bound = C * UNIT[dtype] * y.detach().abs().clamp(min=1.0).contiguous() * 4 / 3
         flat, columns = bound.view(len(bound), -1), y.reshape(len(y), -1)
         for j in range(columns.shape[1]):
             slopes = torch.autograd.grad(columns[:, j].sum(), values, retain_graph=True, materialize_grads=True)
@@ -100,7 +103,7 @@ def error_bound(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype
             for i, share in enumerate(shares):
                 share = share.reshape(len(y), -1)
                 flat[:, j] += share.sum(1) if i < len(noted.products) else share.amax(1)
-        bounds.append(bound)
+        bounds.append(bound.transpose(0, 1) if stacked else bound)
     return bounds
 
 

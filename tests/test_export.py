@@ -293,3 +293,32 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     assert "largest error" in done.output
     assert CliRunner().invoke(app, arguments[:-2]).exit_code == 2
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("config", [None, rz.Int8(), rz.Fused()], ids=str)
+def test_a_model_that_takes_any_number_of_inputs(suffix, config, tmp_path):
+    model = rz.MLP((3, 2)).eval()
+    made = rz.export(model if config is None else rz.swap(model, config), tmp_path / f"mlp.{suffix}", inputs(3, 2))
+    assert made.error <= made.bound
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("reduce", ["none", "mean_std"])
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Fused()], ids=str)
+def test_an_ensemble(suffix, reduce, config, tmp_path):
+    ensemble = rz.fuse_ensemble([rz.RewardMLP(3, 2, (16, 16)) for _ in range(3)], config, reduce)
+    made = rz.export(ensemble, tmp_path / f"ensemble.{suffix}", inputs(3, 2))
+    assert made.error <= made.bound < 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize(
+    "step",
+    [rz.Quantize(4, per="group"), rz.Quantize(8, scheme="affine"), rz.Share(16)],
+    ids=["groups", "affine", "share"],
+)
+def test_layers_that_other_runtimes_have_no_form_of_are_filled(step, suffix, tmp_path):
+    small, _ = rz.run_steps(rz.RewardMLP(3, 2, (64, 64)), [step], None, progress=False)
+    made = rz.export(small, tmp_path / f"small.{suffix}", inputs(3, 2))
+    assert made.error <= made.bound < 1e-3
