@@ -115,9 +115,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the model; an older save in the same folder is replaced in one step, or not at all."""
-    # of a link, what it points to is replaced
-    target = Path(folder).resolve()
-    _check_target(target)
+    target = check_target(folder)
     model = settle_masked(model)
     tensors, tied = _tensors(model)
     _pack_codes(model, tensors)
@@ -136,7 +134,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        safetensors.torch.save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            # a full disk, for one
+            raise OSError(f"save: {target} cannot be written: {error}") from error
         (draft / CONFIG).write_text(text, encoding="utf-8")
         draft.chmod(0o755)
         _put_in_place(draft, target)
@@ -447,15 +449,19 @@ def _read_tensors(source: Path, tied: dict[str, Any]) -> dict[str, Tensor]:
     return {**tensors, **shared}
 
 
-def _check_target(target: Path) -> None:
-    """Refuse to replace anything but an older save."""
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """Where a save goes: of a link, to what it points to. Whatever is no older save is not replaced."""
+    target = Path(folder).resolve()
     if not target.exists():
-        return
+        if not next(parent for parent in target.parents if parent.exists()).is_dir():
+            raise ValueError(f"save: {target} is below a file; a model is saved as a folder")
+        return target
     if not target.is_dir():
         raise ValueError(f"save: {target} is a file; a model is saved as a folder")
     others = sorted(p.name for p in target.iterdir() if p.name not in (CONFIG, WEIGHTS))
     if others:
         raise ValueError(f"save: {target} holds other files ({', '.join(others[:3])}); give another folder")
+    return target
 
 
 def _put_in_place(draft: Path, target: Path) -> None:

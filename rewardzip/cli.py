@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
+import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,8 +46,6 @@ def demo(page: Annotated[Path, typer.Option(help="where the page of plots goes")
 def inspect(model: Model, as_json: Json = False) -> None:
     """What each layer of a model is, and bytes before and after."""
     with _bad_input():
-        from dataclasses import asdict
-
         from . import explain
         from .sources import load_model
 
@@ -60,11 +62,13 @@ def evaluate(
     with _bad_input():
         from . import Gate
         from . import evaluate as run
+        from .page import check as check_page
         from .sources import load_data, load_model
 
+        check_page(report)
         gate, original = Gate(agreement, epic, best_of_n), load_model(before)
-        rows = load_data(data, original)
-        found = run(original, load_model(after), rows, gate=gate, progress=not as_json)
+        rows, next_states = load_data(data, original)
+        found = run(original, load_model(after), rows, gate=gate, next_states=next_states, progress=not as_json)
         _tell(found, {}, report, as_json)
 
 
@@ -78,11 +82,15 @@ def compress(
     with _bad_input():
         from . import Gate, save
         from . import compress as run
+        from .checkpoint import check_target
+        from .page import check as check_page
         from .sources import load_data, load_model
 
+        check_page(report)
+        check_target(out)
         gate, original = Gate(agreement, epic, best_of_n), load_model(model)
-        rows = load_data(data, original)
-        result = run(original, recipe, rows, gate=gate, seed=seed, progress=not as_json)
+        rows, next_states = load_data(data, original)
+        result = run(original, recipe, rows, gate=gate, next_states=next_states, seed=seed, progress=not as_json)
         save(result.model, out)
         _tell(result.report, {"model": str(out), "notes": list(result.notes)}, report, as_json)
 
@@ -97,12 +105,17 @@ def search(
     """Find the recipe that makes the model smallest and fastest within the gate."""
     with _bad_input():
         from . import Gate, save
+        from .checkpoint import check_target
+        from .page import check as check_page
         from .search import search as run
         from .sources import load_data, load_model
 
+        check_page(report)
+        check_target(out)
         gate, original = Gate(agreement, epic, best_of_n), load_model(model)
-        rows = load_data(data, original)
-        found = run(original, rows, gate=gate, budget=budget, seed=seed, folder=folder, progress=not as_json)
+        rows, next_states = load_data(data, original)
+        settings: dict[str, Any] = {"gate": gate, "budget": budget, "seed": seed, "folder": folder}
+        found = run(original, rows, next_states=next_states, progress=not as_json, **settings)
         save(found.model, out)
         recipe = [step.to_dict() for step in found.recipe]
         _tell(found.report, {"model": str(out), "recipe": recipe}, report, as_json, found.passed)
@@ -117,12 +130,15 @@ def score(
     keep: Annotated[list[str], typer.Option(help="a column to copy to the output")] = [],  # noqa: B006
     engine: Annotated[str, typer.Option(help="local or ray")] = "local",
     strict: Annotated[bool, typer.Option(help="stop at the first row with null, NaN or inf")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score parquet files into a folder of parquet files; a killed run goes on where it was."""
     from . import score
 
-    with _told():
-        typer.echo(str(score(model, inputs, output, columns=columns, keep=keep, engine=engine, strict=strict)))  # type: ignore[arg-type]
+    with _bad_input():
+        settings: dict[str, Any] = {"columns": columns, "keep": keep, "engine": engine, "strict": strict}
+        found = score(model, inputs, output, progress=not as_json, **settings)
+        typer.echo(_json(found) if as_json else str(found))
 
 
 @app.command()
@@ -130,45 +146,45 @@ def export(
     model: Annotated[Path, typer.Argument(help="a model saved by rz.save")],
     path: Annotated[Path, typer.Argument(help="where to: .onnx, .pt2 or .pte")],
     width: Annotated[list[int], typer.Option(help="numbers in a row, one per input of the model")],
+    as_json: Json = False,
 ) -> None:
     """Write a model for another runtime, and say how far its outputs are from the model's."""
     import torch
 
     from . import export, load
 
-    with _told():
+    with _bad_input():
         seeded = torch.Generator().manual_seed(0)
-        export(load(model), path, tuple(torch.randn(256, k, generator=seeded) for k in width))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What a user can put right, in one line."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        typer.echo(f"rewardzip: {error}", err=True)
-        raise typer.Exit(2) from None
+        # it prints what it wrote
+        with redirect_stdout(io.StringIO() if as_json else sys.stdout):
+            made = export(load(model), path, tuple(torch.randn(256, k, generator=seeded) for k in width))
+        if as_json:
+            typer.echo(_json(made))
 
 
 @app.command()
 def doctor(
     warm: Annotated[bool, typer.Option("--warm", help="compile the usual CPU kernels into their cache now")] = False,
+    as_json: Json = False,
 ) -> None:
     """What this machine has, and which implementation each op will use."""
     import torch
 
     from rewardzip_kernels.loading import available
 
-    typer.echo(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    typer.echo(f"GPUs: {', '.join(gpus) or 'none'}")
-    for op, where in available().items():
-        typer.echo(f"{op:22} " + ", ".join(f"{device}: {how}" for device, how in where.items()))
-    if "numba" in available()["int8_linear"]["cpu"].split():
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {"machine": platform.machine(), "gpus": gpus, "ops": available()}
+    say = (lambda line: None) if as_json else typer.echo
+    say(f"Python {found['python']}, torch {found['torch']}, {found['machine']}")
+    say(f"GPUs: {', '.join(gpus) or 'none'}")
+    for op, where in found["ops"].items():
+        say(f"{op:22} " + ", ".join(f"{device}: {how}" for device, how in where.items()))
+    if "numba" in found["ops"]["int8_linear"]["cpu"].split():
         from rewardzip_kernels.cpu.instruction_sets import choose
 
-        typer.echo(f"CPU kernels use {choose(None).name}")
+        found["cpu_kernels"] = choose(None).name
+        say(f"CPU kernels use {found['cpu_kernels']}")
         if warm:
             from rewardzip_kernels.cpu.engine import cache_folder
 
@@ -176,10 +192,13 @@ def doctor(
 
             taken = fill()
             longest = max(taken, key=lambda name: taken[name])
-            typer.echo(
+            found |= {"warmed": taken, "cache": str(cache_folder())}
+            say(
                 f"{len(taken)} kinds of layer ran in {sum(taken.values()):.1f} s, the longest {longest} in "
                 f"{taken[longest]:.2f} s; compiled code is in {cache_folder()}"
             )
+    if as_json:
+        typer.echo(json.dumps(found))
 
 
 @app.command()
@@ -205,12 +224,21 @@ def tune(
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """What the library says about its input, in a line and as exit code 2."""
+    """What the library says about its input, in a line and as exit code 2; 1 is the gate's alone."""
     try:
         yield
+    except typer.Exit:
+        raise
     except (ValueError, TypeError, ImportError, OSError) as error:
         typer.echo(f"rewardzip: {error}", err=True)
         raise typer.Exit(2) from None
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(2) from None
+
+
+def _json(found: Any) -> str:
+    return json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in asdict(found).items()})
 
 
 def _tell(report: Report, more: dict[str, Any], page: Path | None, as_json: bool, passed: bool | None = None) -> None:

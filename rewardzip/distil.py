@@ -98,7 +98,12 @@ class Distil(Step):
             torch.manual_seed(seed)
             if isinstance(self.student, str):
                 module, _, function = self.student.partition(":")
-                student: nn.Module = getattr(importlib.import_module(module), function)()
+                try:
+                    student: nn.Module = getattr(importlib.import_module(module), function)()
+                except Exception as error:  # whatever the user's own code raises
+                    raise ValueError(
+                        f"Distil: no student can be made by {self.student!r}: {type(error).__name__}: {error}"
+                    ) from error
             elif other := [t.dtype for t in data.inputs if t.dtype != torch.float32]:
                 raise ValueError(
                     f"Distil: a student of widths takes float32, the data has {other[0]}; name one that takes it, "

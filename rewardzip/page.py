@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .fidelity import LABELS, short
 
@@ -27,19 +27,33 @@ class Told:
     tables: list[Sheet]
 
 
+def check(file: str | os.PathLike[str] | None) -> None:
+    """That a page can be written there, before there is one."""
+    if file is None:
+        return
+    target = Path(file)
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"report: {target.parent} is not a folder to write {target.name or target} in")
+    _need()
+
+
 def write(report: Report, file: str | os.PathLike[str]) -> None:
     """The whole page under its name, or nothing."""
-    target = Path(file)
-    if not target.parent.is_dir():
-        raise ValueError(f"report: {target.parent} is not a folder to write {target.name} in")
-    text = render(report)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False, suffix=".html") as draft:
-        draft.write(text)
-    Path(draft.name).chmod(0o644)
-    Path(draft.name).replace(target)
+    check(file)
+    target, text = Path(file), render(report)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as page:
+            page.write(text)
+        draft.chmod(0o644)
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def render(report: Report) -> str:
+def _need() -> tuple[Any, Any]:
+    """(jinja2, the plots), or an error that names the extra."""
     try:
         import jinja2
 
@@ -48,9 +62,14 @@ def render(report: Report) -> str:
         raise ImportError(
             "a report as a page is made with jinja2 and matplotlib: pip install rewardzip[report]"
         ) from error
+    return jinja2, plots
+
+
+def render(report: Report) -> str:
+    jinja2, plots = _need()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("templates/report.html").read_text("utf-8"))
-    return template.render(r=report, plots=plots.draw(report), told=_told(report))
+    return str(template.render(r=report, plots=plots.draw(report), told=_told(report)))
 
 
 def _told(report: Report) -> Told:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,14 @@ def load_model(name: str) -> nn.Module:
     return model
 
 
-def load_data(name: str, model: nn.Module) -> Data:
-    """An .npz or .parquet file, or "package.module:function", which gives what ``rz.evaluate`` takes.
+def load_data(name: str, model: nn.Module) -> tuple[Data, Tensor | None]:
+    """(the rows, the next states): an .npz or .parquet file, or "package.module:function", which gives what
+    ``rz.evaluate`` takes.
 
-    In a file, "reward" or "rewards" is the truth, "rejected_..." are the inputs of rows that lost, and everything else
-    is an input: in the order of the forward's parameters where they have those names, else in the file's. Columns
-    "state_0", "state_1", ... are one input "state".
+    In a file, "reward" or "rewards" is the truth, "rejected_..." are the inputs of rows that lost, "next_state" or
+    "next_states" is what EPIC asks for where it is no parameter of the forward, and everything else is an input: in
+    the order of the forward's parameters where they have those names, else in the file's. Columns "state_0",
+    "state_1", ... are one input "state".
     """
     if Path(name).suffix == ".npz":
         named = _npz(Path(name))
@@ -49,12 +53,18 @@ def load_data(name: str, model: nn.Module) -> Data:
         named = _parquet(Path(name))
     else:
         data = Data.of(model, _call(name, "an .npz or .parquet file"))
-        return _joined(model, data)
+        return _joined(model, data), None
     rewards = [named.pop(key) for key in ("reward", "rewards") if key in named]
+    takes = inspect.signature(model.forward).parameters
+    follow = [named.pop(key) for key in ("next_state", "next_states") if key in named and key not in takes]
     lost = {key.removeprefix("rejected_"): named.pop(key) for key in list(named) if key.startswith("rejected_")}
     inputs = _in_order(model, named)
     rejected = tuple(_in_order(model, lost)) if lost else None
-    return _joined(model, Data(tuple(inputs), rewards[0] if rewards else None, rejected))
+    data = Data(tuple(inputs), rewards[0] if rewards else None, rejected)
+    if follow and isinstance(model, nn.Sequential) and len(inputs) > 1:
+        warnings.warn(f"{name}: the next states are not used, {type(model).__name__} takes one input", stacklevel=2)
+        follow = []
+    return _joined(model, data), follow[0] if follow else None
 
 
 def mlp_of(state: dict[str, Tensor], activation: str, file: str) -> nn.Sequential:
@@ -117,7 +127,10 @@ def _call(name: str, otherwise: str) -> Any:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name} cannot be imported: {error}") from error
-    return make()
+    try:
+        return make()
+    except Exception as error:  # whatever the user's own code raises
+        raise ValueError(f"{name} raises {type(error).__name__}: {error}") from error
 
 
 def _npz(file: Path) -> dict[str, Tensor]:
@@ -168,8 +181,6 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _in_order(model: nn.Module, named: dict[str, Tensor]) -> list[Tensor]:
-    import inspect
-
     wanted = list(inspect.signature(model.forward).parameters)
     if set(named) <= set(wanted):
         return [named[name] for name in wanted if name in named]

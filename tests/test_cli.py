@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import rewardzip as rz
 from rewardzip.cli import app
+from rewardzip.recipe import save_recipe
 from rewardzip.sources import load_data, load_model
 from rewardzip.timing import interleaved as timed
 
@@ -78,6 +80,7 @@ def work(tmp_path, monkeypatch):
         "    rows = np.load('rows.npz')\n"
         "    return [torch.from_numpy(rows[k]) for k in ('state', 'action', 'rewards')]\n"
         "def wrong(): return 3\n"
+        "def broken(): raise RuntimeError('no licence')\n"
     )
     yield model, (state, action, reward)
     sys.modules.pop("named_by_test", None)
@@ -103,7 +106,7 @@ def test_evaluate_passes_fails_and_tells(work, tmp_path):
 def test_models_by_every_name_are_the_same(work, model):
     dense, (state, action, _) = work
     loaded = load_model(model)
-    data = load_data("rows.npz", loaded)
+    data, _ = load_data("rows.npz", loaded)
     assert torch.equal(loaded(*data.inputs).flatten(), dense(state, action))
 
 
@@ -142,7 +145,7 @@ def test_columns_are_in_the_order_of_their_numbers(work):
     x = torch.randn(20, 12)
     columns = {f"x_{i}": x[:, i].tolist() for i in sorted(range(12), key=str)}
     parquet.write_table(pyarrow.table(columns), "rows.parquet")
-    assert torch.equal(load_data("rows.parquet", nn.Linear(12, 1)).inputs[0], x)
+    assert torch.equal(load_data("rows.parquet", nn.Linear(12, 1))[0].inputs[0], x)
     parquet.write_table(pyarrow.table({**columns, "x": columns["x_0"]}), "rows.parquet")
     with pytest.raises(ValueError, match="the column 'x' and others"):
         load_data("rows.parquet", nn.Linear(12, 1))
@@ -159,7 +162,7 @@ def test_data_by_every_name_are_the_same(work, form):
         columns = {f"state_{i}": [row[i] for row in state] for i in range(3)}
         parquet.write_table(pyarrow.table({"reward": reward, **columns, "action": action}), "rows.parquet")
     name = {"npz": "rows.npz", "parquet": "rows.parquet", "function": "named_by_test:data"}[form]
-    data = load_data(name, model)
+    data, _ = load_data(name, model)
     assert [tuple(t.shape) for t in data.inputs] == [(900, 3), (900, 1)]
     for mine, its in zip((*data.inputs, data.rewards), tensors, strict=True):
         assert torch.equal(mine, its)
@@ -168,7 +171,7 @@ def test_data_by_every_name_are_the_same(work, form):
 def test_rejected_rows_are_known_by_their_names(work):
     model, (state, action, _) = work
     np.savez("pairs.npz", action=action, state=state, rejected_action=-action, rejected_state=-state)
-    data = load_data("pairs.npz", model)
+    data, _ = load_data("pairs.npz", model)
     assert torch.equal(data.inputs[0], state), "in the order of the forward's parameters"
     assert torch.equal(data.rejected[0], -state)
     assert torch.equal(data.rejected[1], -action)
@@ -187,6 +190,75 @@ def test_compress_runs_a_recipe_and_saves_the_model(work):
         json.dump({"steps": [{"step": "Quantize", "bits": 2}]}, file)
     told = run("compress", "dense", "coarse.json", "rows.npz", "small")
     assert told.exit_code == 1, told.output
+
+
+@pytest.mark.parametrize("step", [rz.Distil((8,), steps=2), rz.FineTune(2, towards="rewards")])
+def test_rewards_of_a_chain_need_no_dimension_of_their_own(work, step):
+    save_recipe([*[rz.LowRank(rank=2)] * isinstance(step, rz.FineTune), step], "learn.json")
+    told = run("compress", "mlp.pt", "learn.json", "rows.npz", "small")
+    assert told.exit_code in (0, 1), told.output
+    assert Path("small").exists(), told.output
+
+
+@pytest.mark.parametrize("command", [("compress", "dense", "learn.json", "rows.npz"), ("search", "dense", "rows.npz")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("taken",), "taken holds other files (thesis.tex)"),
+        (("taken/thesis.tex/small",), "small is below a file"),
+        (("small", "--report", "nowhere/page.html"), "nowhere is not a folder to write page.html in"),
+    ],
+)
+def test_where_to_write_is_looked_at_before_any_work(work, monkeypatch, command, given, said):
+    monkeypatch.setattr("rewardzip.sources.load_data", lambda *given: pytest.fail("it has begun"))
+    save_recipe([rz.Quantize(8)], "learn.json")
+    Path("taken").mkdir()
+    Path("taken/thesis.tex").write_text("years")
+    told = run(*command, *given)
+    assert told.exit_code == 2, told.output
+    assert said in told.output.replace("\n", "")
+
+
+def test_an_error_nobody_expected_is_not_the_gates_code(work, monkeypatch):
+    def fail(*given, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("rewardzip.sources.load_data", fail)
+    told = run("evaluate", "dense", "fast", "rows.npz")
+    assert told.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["next_state", "next_states"])
+def test_next_states_in_a_file_are_for_epic(work, name):
+    _, (state, action, _) = work
+    np.savez("steps.npz", state=state, action=action, **{name: state + 1})
+    told = run("evaluate", "dense", "fast", "steps.npz", "--json")
+    assert told.exit_code == 0, told.output
+    assert "epic" in json.loads(told.output)["figures"]
+    save_recipe([rz.Quantize(8)], "learn.json")
+    told = run("compress", "dense", "learn.json", "steps.npz", "small", "--json")
+    assert "epic" in json.loads(told.output)["figures"]
+    with pytest.warns(UserWarning, match="Sequential takes one input"):
+        data, following = load_data("steps.npz", load_model("mlp.pt"))
+    assert following is None
+    assert data.inputs[0].shape == (900, 4)
+
+
+def test_score_export_and_doctor_for_machines(work):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    _, (state, action, _) = work
+    columns = {f"s{i}": state[:, i].tolist() for i in range(3)}
+    parquet.write_table(pyarrow.table({**columns, "a": action[:, 0].tolist()}), "rows.parquet")
+    told = run("score", "fast", "rows.parquet", "scores", "--columns", "s*", "--columns", "a", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["rows"] == 900
+    told = run("doctor", "--json")
+    assert json.loads(told.output)["ops"]["int8_linear"]
+    told = run("export", "fast", "fast.pt2", "--width", "3", "--width", "1", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.output)["path"] == "fast.pt2"
 
 
 def test_search_tells_what_it_found(work, monkeypatch):
@@ -230,6 +302,9 @@ def test_inspect_for_machines(work):
         (("evaluate", "gap.pt", "fast", "rows.npz"), "gives 8 numbers, '1.' after it takes 9"),
         (("compress", "dense", "recipe.txt", "rows.npz", "small"), "recipe.txt"),
         (("search", "dense", "rows.npz", "small", "--budget", "0"), "budget is 0"),
+        (("evaluate", "named_by_test:broken", "fast", "rows.npz"), "RuntimeError: no licence"),
+        (("compress", "dense", "student.json", "rows.npz", "small"), "has no attribute 'nothere'"),
+        (("compress", "mlp.pt", "tune.json", "wide.npz", "small"), "does not take inputs of the shapes"),
     ],
 )
 def test_bad_input_is_code_2_and_a_line(work, tmp_path, arguments, said):
@@ -240,6 +315,8 @@ def test_bad_input_is_code_2_and_a_line(work, tmp_path, arguments, said):
     torch.save(rz.RewardMLP(3, 1), "pickle.pt")
     torch.save(nn.Conv2d(1, 1, 3).state_dict(), "conv.pt")
     torch.save({"0.weight": torch.randn(8, 4), "1.weight": torch.randn(1, 9)}, "gap.pt")
+    save_recipe([rz.Distil("named_by_test:nothere")], "student.json")
+    save_recipe([rz.LowRank(rank=2), rz.FineTune(3)], "tune.json")
     told = run(*arguments)
     assert told.exit_code == 2, told.output
     assert said in told.output.replace("\n", ""), told.output
