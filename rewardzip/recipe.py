@@ -150,21 +150,32 @@ def _name(step: Step) -> str:
 
 
 def save_recipe(steps: Sequence[Step], file: str | os.PathLike[str]) -> None:
-    """Write the steps as JSON."""
+    """Write the steps to a .json or .toml file."""
     check_order(steps)
-    Path(file).write_text(dumps(steps) + "\n", encoding="utf-8")
+    form = _form(file)
+    Path(file).write_text(dumps(steps, form) + "\n", encoding="utf-8")
 
 
 def read_recipe(file: str | os.PathLike[str]) -> tuple[Step, ...]:
     """Read the steps from a .json or .toml file."""
+    form = _form(file)
+    return loads(Path(file).read_text(encoding="utf-8"), form)
+
+
+def _form(file: str | os.PathLike[str]) -> str:
     path = Path(file)
     if path.suffix not in (".json", ".toml"):
         raise ValueError(f"recipe: {path} must end in .json or .toml")
-    return loads(path.read_text(encoding="utf-8"), path.suffix[1:])
+    return path.suffix[1:]
 
 
-def dumps(steps: Sequence[Step]) -> str:
-    """The steps as JSON: {"steps": [{"step": "Quantize", "bits": 8, ...}, ...]}."""
+def dumps(steps: Sequence[Step], form: str = "json") -> str:
+    """The steps as JSON, {"steps": [{"step": "Quantize", "bits": 8, ...}, ...]}, or as TOML, a table each."""
+    if form == "toml":
+        # TOML has no null: such fields are left out, and are None by default
+        tables = [{key: value for key, value in step.to_dict().items() if value is not None} for step in steps]
+        texts = ["\n".join(f"{key} = {json.dumps(v, ensure_ascii=False)}" for key, v in t.items()) for t in tables]
+        return "\n\n".join(f"[[steps]]\n{text}" for text in texts)
     return json.dumps({"steps": [step.to_dict() for step in steps]}, indent=2)
 
 

@@ -208,7 +208,14 @@ EVERY = (
 
 
 def test_files(tmp_path):
-    save_recipe(EVERY, tmp_path / "r.json")
+    for name in ("r.json", "every.toml"):
+        save_recipe(EVERY, tmp_path / name)
+        assert read_recipe(tmp_path / name) == EVERY
+    odd = (rz.Quantize(4, skip=('a "name"', "b\\c", "\u00e9")), rz.FineTune(3, learning_rate=1e-6))
+    save_recipe(odd, tmp_path / "odd.toml")
+    assert read_recipe(tmp_path / "odd.toml") == odd
+    with pytest.raises(ValueError, match="must end in"):
+        save_recipe(EVERY, tmp_path / "r.txt")
     assert read_recipe(tmp_path / "r.json") == EVERY == loads(dumps(EVERY))
     assert json.loads((tmp_path / "r.json").read_text())["steps"][3]["bits"] == 3
     (tmp_path / "r.toml").write_text(
