@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Data
+from .moments import check_rows
 from .running import answer, device_of, eval_mode
 
 ROWS = 2048
@@ -21,6 +22,11 @@ def run(model: nn.Module, data: Data, size: int = 8192) -> Tensor:
     device = device_of(model)
     with eval_mode(model):
         return torch.cat([answer(model, *batch.to(device).inputs) for batch in data.batches(size)])
+
+
+def check_enough(model: nn.Module, layers: dict[str, nn.Linear], data: Data, what: str) -> None:
+    """That the rows say how a layer's inputs go together: one for each input, as many as are looked at."""
+    check_rows(model, {name: min(layer.in_features, ROWS) for name, layer in layers.items()}, data, what)
 
 
 def layer_inputs(model: nn.Module, names: Iterable[str], data: Data) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rewardzip_kernels.quantize import TINY
 
-from .calibrate import layer_inputs
+from .calibrate import check_enough, layer_inputs
 from .constraints import is_constrained, linears
 from .data import Data
 from .steps import Step, Work
@@ -45,7 +45,7 @@ class LowRank(Step):
 
     def check(self, model: nn.Module, data: Data | None) -> None:
         if self.weighted:
-            Work(model, data).needs_data(self)
+            check_enough(model, linears(model, self.skip), Work(model, data).needs_data(self), "LowRank: weighted")
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
         layers = linears(model, self.skip)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewardzip_kernels.quantize import TINY
 
-from .calibrate import layer_inputs, layer_outputs
+from .calibrate import check_enough, layer_inputs, layer_outputs
 from .constraints import Grid, Mask, check_packable, constrain, constraint_of, linears, settle
 from .data import Data
 from .nn import CompressedLinear, GridLinear, Int8Linear
@@ -87,6 +87,8 @@ class Quantize(Step):
         wanted += [self.rounding == "compensated" and "compensated rounding"]
         if data is None and any(wanted):
             raise ValueError(f"Quantize: {next(filter(None, wanted))} needs data, and compress was given none")
+        if self.rounding == "compensated" and data is not None:
+            check_enough(model, self._layers(model), data, "Quantize: compensated rounding")
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         layers = linears(model, self.skip)

@@ -111,3 +111,10 @@ def test_bad_settings(settings):
 def test_needs_data(model):
     with pytest.raises(ValueError, match="needs data"):
         rz.LowRank(rank=2, weighted=True).check(model, None)
+
+
+@pytest.mark.parametrize("step", [rz.LowRank(rank=2, weighted=True), rz.Quantize(4, rounding="compensated")])
+def test_too_few_rows_to_weigh_by_are_refused(model, step):
+    step.check(model, rows(24))
+    with pytest.raises(ValueError, match=r"layer 'net.2' needs 24 rows of data or more, there are 23"):
+        step.check(model, rows(23))
