@@ -126,6 +126,11 @@ def check_order(steps: Sequence[Step]) -> None:
         masks = [s for s in before if _leaves_masks(s)]
         if masks and _makes_layers(step):
             raise ValueError(f"recipe: {name} after {_name(masks[0])} would lose its zeros; put {name} first")
+        if isinstance(step, Prune) and step.pattern == "neurons" and any(_shares_layers(s) for s in before):
+            raise ValueError(
+                "recipe: Prune of neurons cannot follow Share of layers, after which one layer may stand in two places; "
+                "put Prune first"
+            )
         if isinstance(step, Distil) and before:
             raise ValueError(f"recipe: {name} makes a new student and throws {_name(before[-1])} away; put it first")
         if isinstance(step, FineTune) and step.towards == "original" and not before:
@@ -134,6 +139,10 @@ def check_order(steps: Sequence[Step]) -> None:
 
 def _packs(step: Step) -> bool:
     return step.packs or (isinstance(step, Share) and step.of == "weights")
+
+
+def _shares_layers(step: Step) -> bool:
+    return isinstance(step, Share) and step.of == "layers"
 
 
 def _leaves_masks(step: Step) -> bool:

@@ -146,6 +146,7 @@ def test_any_module_and_functional_activations():
         ([rz.Quantize(8), rz.FineTune(), rz.Distil((4,))], "cannot follow Quantize"),
         ([rz.LowRank(rank=2), rz.Distil((4,))], "throws LowRank away"),
         ([rz.Distil((4,)), rz.Distil((4,))], "throws Distil away"),
+        ([rz.Share(of="layers"), rz.FineTune(), rz.Prune("neurons", 0.5)], "cannot follow Share of layers"),
         ([rz.FineTune(), rz.Quantize(8)], "nothing to learn before"),
         ([rz.FineTune()], "nothing to learn before"),
     ],
@@ -164,6 +165,7 @@ def test_orders_that_can_work():
     check_order([rz.Distil((4,)), rz.Share(of="neurons"), tune, rz.LowRank(rank=2), tune, rz.Quantize(8), tune, tune])
     check_order([rz.Share(of="layers"), rz.Share(16), tune])
     check_order([rz.FineTune(towards="rewards"), rz.Quantize(8)])
+    check_order([rz.Share(of="layers"), rz.Prune("2:4")])
 
 
 def test_masks_are_not_lost_on_the_way(model):
