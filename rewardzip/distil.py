@@ -18,7 +18,7 @@ from .finetune import Blended, can_blend
 from .fit import fit
 from .models import MLP, RewardMLP
 from .running import device_of
-from .steps import Step, Work
+from .steps import Step, Work, check_numbers
 from .teach import Form, check_form, distil, task_loss
 
 
@@ -49,9 +49,14 @@ class Distil(Step):
     amp: Literal["float16", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, ("steps", "batch_size", "seeds"), ("task", "temperature", "learning_rate"))
         object.__setattr__(self, "features", tuple((teacher, student) for teacher, student in self.features))
-        if isinstance(self.student, str) != (isinstance(self.student, str) and ":" in self.student):
-            raise ValueError(f"Distil: student is {self.student!r}; it must be widths or 'package.module:function'")
+        object.__setattr__(self, "student", tuple(self.student) if isinstance(self.student, list) else self.student)
+        named = isinstance(self.student, str) and ":" in self.student
+        if not named and not (isinstance(self.student, tuple) and all(type(w) is int and w > 0 for w in self.student)):
+            raise ValueError(
+                f"Distil: student is {self.student!r}; it must be widths like (64, 64), or 'package.module:function'"
+            )
         if self.form not in ("regression", "pairwise", "softmax"):
             raise ValueError(f"Distil: form is {self.form!r}; it must be 'regression', 'pairwise' or 'softmax'")
         if not 0 <= self.task < 1 or not self.temperature > 0:

@@ -15,7 +15,7 @@ from .calibrate import run
 from .data import Data
 from .fit import fit
 from .running import answer
-from .steps import Step, Work
+from .steps import Step, Work, check_numbers
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class FineTune(Step):
     early_stop: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, ("steps", "batch_size", "early_stop"), ("learning_rate",))
         if self.steps < 1 or self.batch_size < 1 or not self.learning_rate > 0:
             raise ValueError(
                 f"FineTune: steps={self.steps}, batch_size={self.batch_size}, learning_rate={self.learning_rate} "

@@ -189,6 +189,12 @@ def as_data(model: nn.Module, data: Data | Sequence[Tensor], loss: Loss) -> Data
     """The rows, found to be what the loss needs."""
     if not callable(loss) and loss not in ("mse", "bradley-terry"):
         raise ValueError(f"fit: loss is {loss!r}; it must be 'mse' or 'bradley-terry', or a function")
+    if not isinstance(data, Data) and not all(isinstance(part, Tensor) for part in data):
+        raise TypeError(
+            f"fit: data takes tensors, got {[type(part).__name__ for part in data]}; the inputs and then the "
+            "rewards, or for 'bradley-terry' the inputs of the preferred rows, then those of the rejected, in one row: "
+            "(state, action, lost_state, lost_action)"
+        )
     if not isinstance(data, Data) and not callable(loss):
         if loss == "mse" and len(data) < 2:
             raise ValueError(f"fit: 'mse' takes the inputs and the rewards, got {len(data)} tensor")

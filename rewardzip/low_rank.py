@@ -12,7 +12,7 @@ from rewardzip_kernels.quantize import TINY
 from .calibrate import check_enough, layer_inputs
 from .constraints import is_constrained, linears
 from .data import Data
-from .steps import Step, Work
+from .steps import Step, Work, check_numbers
 from .swap import put
 
 
@@ -33,6 +33,7 @@ class LowRank(Step):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        check_numbers(self, real=("energy", "error"))
         given = {k: v for k in ("rank", "energy", "error") if (v := getattr(self, k)) is not None}
         if len(given) != 1:
             raise ValueError(f"LowRank: takes one of rank, energy and error, got {given or 'none'}")

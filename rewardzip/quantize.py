@@ -21,7 +21,7 @@ from .calibrate import check_enough, layer_inputs, layer_outputs
 from .constraints import Grid, Mask, check_packable, constrain, constraint_of, linears, settle
 from .data import Data
 from .nn import CompressedLinear, GridLinear, Int8Linear
-from .steps import Step, Work
+from .steps import Step, Work, check_numbers
 from .swap import install
 
 CANDIDATES = torch.linspace(1.0, 0.2, 81).tolist()
@@ -57,6 +57,7 @@ class Quantize(Step):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        check_numbers(self, ("group",), ("percentile",))
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"Quantize: bits is {self.bits!r}; it must be a whole number from 2 to 8")
         choices = {

@@ -56,6 +56,8 @@ def compress(
     recipe: steps, or a JSON or TOML file that ``save_recipe`` could have written. Steps that cannot work after one
     another, or on this model and data, are refused before any has run. gate, next_states, discount: see ``evaluate``.
     """
+    if isinstance(recipe, Step):
+        raise TypeError(f"compress: {recipe} is a step; a recipe is a sequence of them, [{recipe}]")
     steps = read_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
     check_order(steps)
     given = None if data is None else Data.of(model, data)
@@ -128,7 +130,7 @@ def check_order(steps: Sequence[Step]) -> None:
             raise ValueError(f"recipe: {name} after {_name(masks[0])} would lose its zeros; put {name} first")
         if isinstance(step, Prune) and step.pattern == "neurons" and any(_shares_layers(s) for s in before):
             raise ValueError(
-                "recipe: Prune of neurons cannot follow Share of layers, after which one layer may stand in two places; "
+                "recipe: Prune of neurons cannot follow Share of layers, after which a layer may stand in two places; "
                 "put Prune first"
             )
         if isinstance(step, Distil) and before:

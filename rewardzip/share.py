@@ -16,7 +16,7 @@ from .constraints import Codebook, Mask, check_packable, constrain, constraint_o
 from .data import Data
 from .fuse import MODULES
 from .nn import SharedLinear
-from .steps import Step, Work
+from .steps import Step, Work, check_numbers
 from .swap import install, put
 
 # what may stand between two layers whose neurons are merged: anything that takes each number by itself
@@ -38,6 +38,7 @@ class Share(Step):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        check_numbers(self, real=("similarity",))
         if type(self.clusters) is not int or not 16 <= self.clusters <= 256:
             raise ValueError(f"Share: clusters is {self.clusters!r}; it must be a whole number from 16 to 256")
         if self.of not in ("weights", "neurons", "layers"):

@@ -66,6 +66,16 @@ class Step:
         return {"step": type(self).__name__, **fields}
 
 
+def check_numbers(step: Step, whole: tuple[str, ...] = (), real: tuple[str, ...] = ()) -> None:
+    """That fields hold numbers, or None where that is their default, before they are compared with any."""
+    for name in (*whole, *real):
+        value = getattr(step, name)
+        may = (int,) if name in whole else (int, float)
+        if type(value) not in may and not (value is None and getattr(type(step), name) is None):
+            kind = "whole number" if name in whole else "number"
+            raise ValueError(f"{type(step).__name__}: {name} is {value!r}; it must be a {kind}")
+
+
 def from_dict(fields: dict[str, Any]) -> Step:
     """The step that ``to_dict`` described."""
     fields = dict(fields)

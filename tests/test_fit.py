@@ -335,3 +335,9 @@ def test_one_reward_a_row_may_have_a_dimension_of_its_own():
     assert kept[0] == kept[1]
     net = nn.Sequential(nn.Linear(3, 1))
     assert len(rz.fit(net, (state, reward), steps=2, progress=False)) == 2
+
+
+def test_pairs_are_said_to_be_in_one_row():
+    state, action, _ = transitions()
+    with pytest.raises(TypeError, match=r"got \['tuple', 'tuple'\].*\(state, action, lost_state, lost_action\)"):
+        rz.fit(rz.RewardMLP(3, 2), ((state, action), (state, action)), loss="bradley-terry")

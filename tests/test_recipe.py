@@ -194,10 +194,32 @@ def test_steps_that_need_data_say_so_before_any_work(monkeypatch, model, steps):
 def test_what_is_no_recipe_or_no_dense_model(model):
     with pytest.raises(TypeError, match="'int8' is str, not a step"):
         rz.compress(model, ["int8"], progress=False)
+    with pytest.raises(TypeError, match=r"compress: Quantize\(.*is a step"):
+        rz.compress(model, rz.Quantize(8), progress=False)
+    with pytest.raises(TypeError, match=r"search: Quantize\(.*recipes are sequences of them"):
+        rz.search(model, rows(1000), recipes=[rz.Quantize(8)], progress=False)
     with pytest.raises(ValueError, match=r"'net.0' is packed already.*restore"):
         rz.compress(rz.swap(model, rz.Int8()), [rz.Quantize(8)], progress=False)
     with pytest.raises(ValueError, match="490 rows leave 98 to judge by; give 500"):
         rz.compress(model, [rz.Quantize(8)], rows(490), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: rz.FineTune("5"), "FineTune: steps is '5'; it must be a whole number"),
+        (lambda: rz.FineTune(5, learning_rate="fast"), "FineTune: learning_rate is 'fast'; it must be a number"),
+        (lambda: rz.Distil(64), r"Distil: student is 64; it must be widths like \(64, 64\)"),
+        (lambda: rz.Distil((8.5,)), r"Distil: student is \(8.5,\)"),
+        (lambda: rz.Distil(steps=2.5), "Distil: steps is 2.5; it must be a whole number"),
+        (lambda: rz.Quantize(group=2.5), "Quantize: group is 2.5; it must be a whole number"),
+        (lambda: rz.LowRank(energy="most"), "LowRank: energy is 'most'; it must be a number"),
+        (lambda: rz.Share(similarity=None), "Share: similarity is None"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 EVERY = (
