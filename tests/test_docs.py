@@ -109,7 +109,8 @@ def test_our_commands_run(folder, line):
     if command[1] == "tune" and not torch.cuda.is_available():
         assert (done.returncode, "GPU" in done.stderr) == (2, True), done.stderr
     else:
-        assert done.returncode == 0, done.stdout + done.stderr
+        # a search of five seconds may find nothing within the gate, and says so by 1
+        assert done.returncode in ((0, 1) if command[1] == "search" else (0,)), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("page", "line"), [line for line in LINES if line[1] not in OURS])
@@ -127,3 +128,13 @@ def test_what_other_commands_name_is_there(page, line):
         assert f"\n{name} = " in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     else:
         assert words[0] in ("python3", "curl"), f"{page}: nothing is known of {line}"
+
+
+def test_the_rates_of_scoring_are_those_of_the_file():
+    text = (ROOT / "benchmarks/results/amd-epyc-zen5/score.json").read_text()
+    rates = [json.loads(line)["rows_per_second"] for line in text.splitlines()]
+    told = (ROOT / "docs/integrations.md").read_text()
+    for rate in rates:
+        assert f"| {rate:,.0f} | {rate / rates[0]:.2f}x |" in told, rate
+    for rate in rates[1:]:
+        assert f"{rate:,.0f}" in (ROOT / "docs/scale.md").read_text(), rate
