@@ -93,7 +93,8 @@ def _check_inputs(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, 
         raise TypeError(f"export: example_inputs is {[type(x).__name__ for x in inputs]}; it must be tensors")
     if any(x.dim() == 0 or len(x) != len(inputs[0]) or len(x) == 0 for x in inputs):
         raise ValueError(f"export: inputs of shapes {[tuple(x.shape) for x in inputs]}; the first sizes must agree")
-    inputs = tuple(x.detach().cpu()[:COMPARED] for x in inputs)
+    # a .pt2 file holds them: without the rest of the rows they are cut from
+    inputs = tuple(x.detach().cpu()[:COMPARED].clone() for x in inputs)
     # a batch of one is traced as a constant
     return inputs if len(inputs[0]) > 1 else tuple(torch.cat([x, x]) for x in inputs)
 

@@ -322,3 +322,8 @@ def test_layers_that_other_runtimes_have_no_form_of_are_filled(step, suffix, tmp
     small, _ = rz.run_steps(rz.RewardMLP(3, 2, (64, 64)), [step], None, progress=False)
     made = rz.export(small, tmp_path / f"small.{suffix}", inputs(3, 2))
     assert made.error <= made.bound < 1e-3
+
+
+def test_a_pt2_file_has_none_of_the_rows_beside_its_examples(tmp_path):
+    model, many = rz.RewardMLP(3, 2).eval(), inputs(3, 2, rows=50_000)
+    assert rz.export(model, tmp_path / "reward.pt2", tuple(x[:8] for x in many)).bytes < 100_000
