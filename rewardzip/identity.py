@@ -52,11 +52,13 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return hashlib.sha256(_bytes(value)).hexdigest()
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {describe(entry)}' for key, entry in value.items())}}}"
+        return f"{{{', '.join(f'{describe(key)}: {describe(entry)}' for key, entry in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(describe, value))}]"
     if isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | None):
         return repr(value)
+    if hasattr(value, "tobytes"):  # of numpy
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, CodeType):
         return f"{value.co_code.hex()} {value.co_names} {describe(value.co_consts)}"
     function = inspect.unwrap(value) if inspect.isroutine(value) else value

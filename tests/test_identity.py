@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ MODEL = Scaled()
 OTHERS = {
     "attribute": with_(lambda m: setattr(m, "scale", 2.0)),
     "table": with_(lambda m: setattr(m, "scale", {"now": torch.ones(1)})),
+    "array": with_(lambda m: setattr(m, "scale", np.ones(1))),
+    "other array": with_(lambda m: setattr(m, "scale", np.zeros(1))),
     "function": with_(lambda m: setattr(m, "activation", F.elu)),
     "module": with_(lambda m: setattr(m, "activation", nn.ReLU())),
     "code": with_(lambda m: setattr(m, "__class__", Shifted)),
@@ -47,6 +50,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_that_differs_in_anything_is_another(name):
     assert model_hash(OTHERS[name]) != model_hash(MODEL)
+
+
+def test_others_differ_among_themselves():
+    assert len(set(map(model_hash, OTHERS.values()))) == len(OTHERS)
 
 
 def test_the_same_model_is_the_same():
