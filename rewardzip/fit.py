@@ -57,6 +57,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"fit: {type(model).__name__} has no parameters to train")
+    if steps < 0 or batch_size < 1:
+        raise ValueError(f"fit: steps={steps} must be 0 or more, batch_size={batch_size} 1 or more")
     if early_stop is not None and early_stop < 1:
         raise ValueError(f"fit: early_stop is {early_stop}; it is a number of steps, 1 or more")
     device = parameters[0].device

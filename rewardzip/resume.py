@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -15,10 +16,13 @@ NAME = "fit.pt"
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Replace the state in the folder, in one step."""
     folder.mkdir(parents=True, exist_ok=True)
+    # in memory first: of a full disk torch's own writer says nothing that can be read
+    made = io.BytesIO()
+    torch.save(state, made)
     handle, draft = tempfile.mkstemp(prefix=f".{NAME}-", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+            file.write(made.getbuffer())
         os.replace(draft, folder / NAME)
     except BaseException:
         Path(draft).unlink(missing_ok=True)

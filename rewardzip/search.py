@@ -91,8 +91,8 @@ def search(
     rows, held = data.split(HELD_OUT, seed)
     chooses, judges = held.split(0.5, seed)
     next_chooses, next_judges = _beside(next_states, data, seed)
-    if flat := [recipe for recipe in recipes or () if isinstance(recipe, Step)]:
-        raise TypeError(f"search: {flat[0]} is a step; recipes are sequences of them, [[{flat[0]}], ...]")
+    if flat := tuple(recipe for recipe in recipes or () if isinstance(recipe, Step))[:1]:
+        raise TypeError(f"search: {title(flat)} is a step; recipes are sequences of them, [[{title(flat)}], ...]")
     check_original(model, judges, next_judges)
     tried = tuple(tuple(recipe) for recipe in (candidates(model, rows) if recipes is None else recipes))
     if not tried:

@@ -341,3 +341,9 @@ def test_pairs_are_said_to_be_in_one_row():
     state, action, _ = transitions()
     with pytest.raises(TypeError, match=r"got \['tuple', 'tuple'\].*\(state, action, lost_state, lost_action\)"):
         rz.fit(rz.RewardMLP(3, 2), ((state, action), (state, action)), loss="bradley-terry")
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -3}, {"batch_size": 0}])
+def test_numbers_of_steps_and_rows_that_make_no_sense(wrong):
+    with pytest.raises(ValueError, match=r"fit: steps=.* batch_size="):
+        rz.fit(rz.RewardMLP(3, 2), transitions(), progress=False, **wrong)

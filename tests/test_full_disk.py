@@ -9,13 +9,16 @@ resource = pytest.importorskip("resource")
 
 SCRIPT = """
 import resource, signal, sys
+from pathlib import Path
 import torch
 import rewardzip as rz
+from rewardzip import resume
 model = rz.RewardMLP(17, 6, (256, 256)).eval()
 given = torch.randn(200, 17), torch.randn(200, 6)
 write = {
     "save": lambda name: rz.save(model, name),
     "page": lambda name: rz.evaluate(model, model, given, batches=(1,), seconds=0.01, progress=False).save(name),
+    "fit": lambda name: resume.write(Path(name), {"weights": model.state_dict()}),
     "export": lambda name: rz.export(model, name, given),
 }[sys.argv[1]]
 write(sys.argv[2])
@@ -30,7 +33,8 @@ except (OSError, ValueError) as error:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("save", "model"), ("page", "page.html"), ("export", "model.pt2"), ("export", "model.onnx")]
+    ("kind", "name"),
+    [("save", "model"), ("page", "page.html"), ("export", "model.pt2"), ("export", "model.onnx"), ("fit", "run")],
 )
 def test_a_full_disk(kind, name, tmp_path):
     ran = subprocess.run(
