@@ -1,4 +1,4 @@
-"""The command line: each command is one call of the library. It ends with 0, 1 (outside the gate) or 2 (bad input)."""
+"""The command line: each command is one call of the library. It ends with 0, 1 (outside the gate) or 2 (an error)."""
 
 from __future__ import annotations
 
