@@ -101,7 +101,7 @@ def sparse24(n: int, k: int, m: int, dtype: torch.dtype, device: torch.device) -
     arguments = x, *pack(weight * keep.view(n, k)), scale, k, bias, "relu", compute
     bucket = linear_bucket("sparse24_linear", m, n, k, size, 1)
     expected = sparse24_linear_reference(*arguments)
-    return Case(bucket, list(op.candidates(m, n, k, size)), partial(op.sparse24_linear, *arguments), expected)
+    return Case(bucket, list(op.candidates(m, n, k, size, 1)), partial(op.sparse24_linear, *arguments), expected)
 
 
 def head(n: int, k: int, m: int, stored: torch.dtype, device: torch.device) -> Case:

@@ -70,11 +70,12 @@ HEAD_BUGS = {
 }  # fmt: skip
 SPARSE24 = "sparse24_linear"
 SPARSE24_BUGS = {
-    "2:4: places of the other half": ("_dense(first, second, places, 4 * half, BLOCK_N, BLOCK_B)\n            acc", "_dense(first, second, places, 4 - 4 * half, BLOCK_N, BLOCK_B)\n            acc"),
+    "2:4: places of the other half": ("_dense(first, second, places >> (4 * half), BLOCK_N, BLOCK_B)\n            acc", "_dense(first, second, places >> (4 - 4 * half), BLOCK_N, BLOCK_B)\n            acc"),
     "2:4: second value never third": ("w2 = tl.where(p == 2, first, tl.where(q == 2, second, none))", "w2 = tl.where(p == 2, first, none)"),
     "2:4: inputs 1 and 2 exchanged": ("tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
     "2:4: the second half's inputs from the first": ("x_tile + 4 * half * B, mask=(4 * (half * B + start) + k)[:, None] < K", "x_tile, mask=(4 * (half * B + start) + k)[:, None] < K"),
     "2:4: last outputs not stored": ("mask=(m < M)[None, :] & (n < N)[:, None])", "mask=(m < M)[None, :] & (n < N - 1)[:, None])"),
+    "2:4: the halves of K in one place": ("y_tile += tl.program_id(1).to(tl.int64) * M * N", "y_tile += 0"),
     "2:4: K tail dropped": ("(4 * (half * B + start) + k)[:, None] < K", "(4 * (half * B + start) + k)[:, None] < K - 7"),
     "2:4: one-row kernel, wrong input picked": ("tl.where(odd, x3, x2), tl.where(odd, x1, x0)", "tl.where(odd, x3, x2), tl.where(odd, x0, x1)"),
     "2:4: one-row kernel, second value dropped": ("acc += second.to(SUM)", "acc += 0 * second.to(SUM)"),
@@ -170,9 +171,10 @@ def check_head(module, device):
 
 
 def check_sparse24(module, device):
-    for m, n, k in ((3, 20, 140), (17, 40, 140), (512, 9, 600)):
+    for m, n, k in ((3, 20, 140), (17, 40, 140), (512, 9, 600), (9, 20, 256)):
         q, values, indices, scale, bias, _ = sparse24(n, k, device)
         x = torch.randn(m, k, device=device)
+        x = x.half() if m == 9 else x  # K in halves
         y = module.sparse24_linear(x, values, indices, scale, k, bias, "relu")
         assert_linear(y, x, q, scale, bias, "relu", "tf32" if GPU else None)
 

@@ -233,7 +233,7 @@ def test_every_candidate_of_int8_linear_is_right(m, n, k, dtype, poisoned):
                 assert_linear(y, x.to(dtype), q, scale, bias, "relu", rounding)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(3, 33, 70), (9, 33, 300), (70, 33, 256)])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 33, 70), (9, 33, 300), (16, 33, 256), (70, 33, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 def test_every_candidate_of_sparse24_linear_is_right(m, n, k, dtype, poisoned):
     """The dense way among them, which a table may put earlier or later than the rule."""
@@ -242,7 +242,7 @@ def test_every_candidate_of_sparse24_linear_is_right(m, n, k, dtype, poisoned):
     q[:, torch.arange(k) % 4 >= 2] = 0
     x, stored = torch.randn(m, k, device=DEVICE), pack(q)
     bucket = tiles.linear_bucket("sparse24_linear", m, n, k, dtype.itemsize, 1)
-    found = sparse24_linear.candidates(m, n, k, dtype.itemsize)
+    found = sparse24_linear.candidates(m, n, k, dtype.itemsize, 1)
     assert (sparse24_linear.DENSE in found) == (m > 64)
     for tile in found:
         with tiles.planted({bucket: tile}):

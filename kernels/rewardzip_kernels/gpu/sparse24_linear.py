@@ -21,15 +21,15 @@ from .. import activations
 from ..checks import dense_rows
 from ..sparse24_linear import products
 from . import tiles
-from .int8_linear import TL_DTYPE, finish, weights_times_rows
+from .int8_linear import TL_DTYPE, _sum_splits_kernel, finish, weights_times_rows
 from .launch import aligned, launch
 from .quantize_rows import quantize_rows
 
 
 @triton.jit
-def _four(first, second, places, SHIFT: tl.constexpr):
-    """The four dense weights of each group from its two values and their places, bits SHIFT up: a tile each."""
-    p, q = (places >> SHIFT) & 3, (places >> (SHIFT + 2)) & 3
+def _four(first, second, places):
+    """The four dense weights of each group from its two values and their places, the low bits: a tile each."""
+    p, q = places & 3, (places >> 2) & 3
     none = tl.zeros_like(first)
     w0 = tl.where(p == 0, first, none)
     w1 = tl.where(p == 1, first, tl.where(q == 1, second, none))
@@ -39,9 +39,9 @@ def _four(first, second, places, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _dense(first, second, places, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
+def _dense(first, second, places, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
     """[BLOCK_N, 4 BLOCK_B], the weights of a group side by side."""
-    w0, w1, w2, w3 = _four(first, second, places, SHIFT)
+    w0, w1, w2, w3 = _four(first, second, places)
     return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_N, 4 * BLOCK_B)
 
 
@@ -49,9 +49,10 @@ def _dense(first, second, places, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BL
 def _sparse24_kernel(
     x_ptr, values_ptr, indices_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, M, N, K, B, x_stride,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, COMPUTE: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    # one program: BLOCK_N outputs of BLOCK_M rows; rows and outputs past the end repeat the last one, not stored
+    # one program: BLOCK_N outputs of BLOCK_M rows, over all of K or one half of it (SPLIT_K 2); rows and outputs past
+    # the end repeat the last one, not stored
     n_tiles = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,7 +68,8 @@ def _sparse24_kernel(
             places = tl.load(indices_tile).to(tl.int32)
         else:
             places = tl.load(indices_tile, mask=inside, other=0).to(tl.int32)
-        for half in tl.static_range(2):
+        for part in tl.static_range(2 // SPLIT_K):
+            half = part if SPLIT_K == 1 else tl.program_id(1)
             at = values_tile + 2 * half * B
             if EVEN_K:
                 first, second = tl.load(at), tl.load(at + B)
@@ -76,19 +78,22 @@ def _sparse24_kernel(
                 first, second = tl.load(at, mask=inside, other=0), tl.load(at + B, mask=inside, other=0)
                 # a tile reaches past its half, where the weights are masked, and past the row
                 x = tl.load(x_tile + 4 * half * B, mask=(4 * (half * B + start) + k)[:, None] < K, other=0)
-            w = _dense(first, second, places, 4 * half, BLOCK_N, BLOCK_B)
+            w = _dense(first, second, places >> (4 * half), BLOCK_N, BLOCK_B)
             acc = tl.dot(w.to(COMPUTE), x.to(COMPUTE), acc, input_precision="tf32", out_dtype=acc.dtype)
         indices_tile += BLOCK_B
         values_tile += BLOCK_B
         x_tile += 4 * BLOCK_B
-    scale, row_scale = None, None
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
-    y = finish(acc, scale, bias_ptr, row_scale, n[:, None], (n < N)[:, None], ACTIVATION, PARAMETER)
     y_tile = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    if SPLIT_K == 1:
+        scale, row_scale = None, None
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        if row_scale_ptr is not None:
+            row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        acc = finish(acc, scale, bias_ptr, row_scale, n[:, None], (n < N)[:, None], ACTIVATION, PARAMETER)
+    else:
+        y_tile += tl.program_id(1).to(tl.int64) * M * N
+    tl.store(y_tile, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit
@@ -160,7 +165,7 @@ def _expand_kernel(
     for half in tl.static_range(2):
         at = values_ptr + (4 * row + 2 * half) * B + b[None, :]
         first, second = tl.load(at, mask=inside, other=0), tl.load(at + B, mask=inside, other=0)
-        w = _dense(first, second, places, 4 * half, BLOCK_N, BLOCK_B)
+        w = _dense(first, second, places >> (4 * half), BLOCK_N, BLOCK_B)
         column = 4 * (half * B + start) + k
         # the end of a tile of the first half is the second half's beginning: not this program's
         mine = (4 * start + k < 4 * B) & (column < K)
@@ -174,43 +179,49 @@ class Tile(NamedTuple):
     block_b: int
     warps: int
     stages: int
+    split_k: int = 1
 
 
 DENSE = Tile(-1, 0, 0, 0, 0)
 
 
-def tile(m: int, n: int, k: int, x_bytes: int) -> Tile:
+def tile(m: int, n: int, k: int, x_bytes: int, value_bytes: int) -> Tile:
     """The written rule, from arithmetic and compiled code, not from measurements.
 
-    Up to 4 rows a program takes 8 outputs of one row. Then bytes still count for more than products: 64 x 64, smaller
-    while there would be fewer than 128 programs; 16 rows where K ends inside a tile, since masked loads of bytes would
-    spill with more. From 512 rows on an H200's tensor cores need longer for a dense int8 product, 2 * 512 operations a
-    weight, 0.5 ps, than its memory for the expanding, 1.6 bytes a weight, 0.4 ps; here each 64 rows expand anew.
+    Up to 4 rows a program takes 8 outputs of one row. Up to 16 the picking out of weights is the work (int8 ones): two
+    warps, each with outputs of its own, and K in halves where there would be fewer than 256 programs; not with fp32
+    rows, which would spill on sm_80. Then bytes still count for more than products: 64 x 64, smaller while there would
+    be fewer than 128 programs; 16 rows where K ends inside a tile, since masked loads of bytes would spill with more.
+    From 512 rows on an H200's tensor cores need longer for a dense int8 product, 2 * 512 operations a weight, 0.5 ps,
+    than its memory for the expanding, 1.6 bytes a weight, 0.4 ps; here each 64 rows expand anew.
     """
     if m >= 512:
         return DENSE
     if m <= 4:
         return Tile(0, 8, 128 if k % 1024 == 0 else 64, 4, 3)
     block_b = 32 if x_bytes == 1 and k % 256 == 0 else 16
-    block_m = max(16, triton.next_power_of_2(m)) if k % (8 * block_b) == 0 else 16
+    even = k % (8 * block_b) == 0
+    if m <= 16 and even and value_bytes == 1 and x_bytes < 4:
+        return Tile(16, 32, block_b, 2, 3, 2 if triton.cdiv(n, 32) < 256 else 1)
+    block_m = max(16, triton.next_power_of_2(m)) if even else 16
     if triton.cdiv(m, 64) * triton.cdiv(n, 64) < 128 or block_m < 64:
         return Tile(min(32, block_m), 32, block_b, 4, 3)
     # two stages of fp32 rows: three would be 80 KB on a chip that has 64
     return Tile(64, 64, block_b, 4, 2 if x_bytes == 4 else 3)
 
 
-def candidates(m: int, n: int, k: int, x_bytes: int) -> list[Tile]:
+def candidates(m: int, n: int, k: int, x_bytes: int, value_bytes: int) -> list[Tile]:
     """What a sweep measures beside the rule's, which comes first: where the GEMV ends and the dense way begins too."""
-    found = [tile(m, n, k, x_bytes)]
+    found = [tile(m, n, k, x_bytes, value_bytes)]
     block_b = 32 if x_bytes == 1 and k % 256 == 0 else 16
     if m <= 16:
         found += [Tile(0, block_n, 128 if k % 1024 == 0 else 64, 4, 3) for block_n in (4, 8, 16)]
     most = 64 if k % (8 * block_b) == 0 else 16
-    sizes = ((16, 16, 2), (16, 32, 4), (32, 32, 4), (64, 64, 4))
+    sizes = ((16, 16, 1, 2), (16, 32, 2, 2), (16, 32, 2, 1), (16, 32, 4, 1), (32, 32, 4, 1), (64, 64, 4, 1))
     found += [
-        Tile(block_m, block_n, block_b, warps, 2 if x_bytes == 4 and block_m == 64 else 3)
-        for block_m, block_n, warps in sizes
-        if m > 1 and block_m <= most and (m > 16 or block_m == 16)
+        Tile(block_m, block_n, block_b, warps, 2 if x_bytes == 4 and block_m == 64 else 3, split)
+        for block_m, block_n, warps, split in sizes
+        if m > 1 and split <= 3 - value_bytes and block_m <= most and (m > 16 or block_m == 16)
     ]
     # fp16 and bf16 weights have no GEMV in the dense way
     found += [DENSE] if m > 64 else []
@@ -223,6 +234,7 @@ class Plan(NamedTuple):
     constants: tuple[Any, ...]
     warps: int
     stages: int
+    split_k: int = 1
 
 
 # worked out once a shape: this is on the path of every call
@@ -232,7 +244,9 @@ def plan(
 ) -> Plan | None:
     """None: the dense way."""
     bucket = tiles.linear_bucket("sparse24_linear", m, n, k, x_bytes, value_bytes)
-    t = tiles.choose(bucket, device, tile(m, n, k, x_bytes), lambda: candidates(m, n, k, x_bytes))
+    t = tiles.choose(
+        bucket, device, tile(m, n, k, x_bytes, value_bytes), lambda: candidates(m, n, k, x_bytes, value_bytes)
+    )
     if t == DENSE:
         return None
     entry, parameter = activations.parse(activation)
@@ -241,8 +255,9 @@ def plan(
     if t.block_m == 0:
         grid = (triton.cdiv(n, t.block_n) * m, 1, 1)
         return Plan(_sparse24_gemv_kernel, grid, (*constants, t.block_n, t.block_b), t.warps, t.stages)
-    grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), 1, 1)
-    return Plan(_sparse24_kernel, grid, (*constants, t.block_m, t.block_n, t.block_b), t.warps, t.stages)
+    grid = (triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n), t.split_k, 1)
+    constants += (t.split_k, t.block_m, t.block_n, t.block_b)
+    return Plan(_sparse24_kernel, grid, constants, t.warps, t.stages, t.split_k)
 
 
 def sparse24_linear(
@@ -271,13 +286,23 @@ def sparse24_linear(
         weight = expand(values, indices, k)
         weights_times_rows(rows, weight, scale, bias, activation, row_scale, y, compute)
         return y
-    tensors = rows, values, indices, scale, bias, row_scale, y
+    sums = y
+    if p.split_k > 1:
+        sums_dtype = torch.int32 if compute == torch.int8 else torch.float32
+        sums = torch.empty(p.split_k, m, n, dtype=sums_dtype, device=x.device)
+    tensors = rows, values, indices, scale, bias, row_scale, sums
     types = rows.dtype, values.dtype, y.dtype
     key = (*types, aligned(*tensors), bias is None, n, k, rows.stride(0), p.constants, p.warps, p.stages)
     launch(
         p.kernel, p.grid, key, (*tensors, m, n, k, b, rows.stride(0), *p.constants),
         num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if p.split_k > 1:
+        launch(
+            _sum_splits_kernel, (m, triton.cdiv(n, 1024), 1), (*key, aligned(y)),
+            (sums, scale, bias, row_scale, y, m, n, *p.constants[:2], p.split_k, 1024),
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
     return y
 
 
