@@ -60,7 +60,7 @@ for part in $parts; do
   sparse)
     if [ "$dry" = 1 ]; then
       step sparse 60 "$python" benchmarks/sparse.py --quick --out "$out"
-      step sparse24 60 "$python" benchmarks/sparse24.py --dry --out "$out/sparse24.json"
+      step sparse24 60 "$python" benchmarks/sparse24.py --quick --out "$out/sparse24.json"
     else
       cells="--rows 1 32 1024 --seconds 0.1"
       for size in 1024 4096; do # a table is written when it is whole

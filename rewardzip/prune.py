@@ -17,7 +17,7 @@ from rewardzip_kernels.blocks import default_block, grid
 from .channels import Channels
 from .constraints import copied, masked
 from .data import Data
-from .fit import fit
+from .finetune import FineTune
 from .importance import (
     IMPORTANCES,
     Importance,
@@ -53,7 +53,7 @@ class Prune(Step):
     block: (outputs, inputs); None is what the layer's device multiplies best, (16, 4) on a CPU and (64, 64) on a GPU.
         Blocks at the edges may be cut short.
     rounds: pruned in so many steps, large ones first (cubic), and trained after each for finetune_steps towards the
-        outputs of the original.
+        outputs of the original; amp as in ``FineTune``.
     skip: names or shell wildcards of layers to leave alone. Layers with one output always are.
     """
 
@@ -66,6 +66,7 @@ class Prune(Step):
     block: tuple[int, int] | None = None
     rounds: int = 1
     finetune_steps: int = 0
+    amp: Literal["float16", "bfloat16"] | None = None
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -105,6 +106,8 @@ class Prune(Step):
                 f"Prune: rounds={self.rounds!r} must be 1 or more, finetune_steps={self.finetune_steps!r} 0 or more, "
                 "both whole numbers"
             )
+        if self.amp is not None:
+            FineTune(amp=self.amp)  # which refuses what it does not know
 
     @property
     def _of_each(self) -> tuple[int, int] | None:
@@ -179,7 +182,7 @@ class Prune(Step):
             else:
                 self._remove_weights(model, work, share)
             if self.finetune_steps:
-                _finetune(model, work, work.needs_data(self), self.finetune_steps)
+                FineTune(self.finetune_steps, amp=self.amp).apply(model, work)
         return model
 
     def _moments(self, model: nn.Module, layers: Iterable[str], work: Work) -> dict[str, Moments]:
@@ -314,20 +317,3 @@ def _mask(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     adopt(model)
     for name, mask in given.items():
         masked(layers[name], mask.bool().to(layers[name].weight.device))
-
-
-def _finetune(model: nn.Module, work: Work, data: Data, steps: int) -> None:
-    """Train towards the outputs of the original."""
-    flags = {p: p.requires_grad for p in model.parameters()}
-    device = next(iter(flags)).device
-    with torch.no_grad():
-        wanted = [work.original(*batch.to(device).inputs) for batch in data.batches(1024)]
-    if not isinstance(wanted[0], Tensor):
-        raise TypeError(f"Prune: fine-tuning takes a model with one output tensor, not {type(wanted[0]).__name__}")
-    for parameter in flags:
-        parameter.requires_grad_(parameter.is_floating_point())
-    try:
-        fit(model, (*data.inputs, torch.cat(wanted)), steps=steps, seed=work.seed, progress=work.progress)
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

@@ -1,7 +1,6 @@
 """Masks: the right weights go, stay gone under any optimiser, and what cannot be pruned is refused untouched."""
 
 import copy
-import importlib
 import json
 from types import SimpleNamespace
 
@@ -338,10 +337,7 @@ def test_masks_of_the_users_own():
 
 def test_rounds_end_at_the_amount_and_give_most_first(monkeypatch):
     shares = []
-    # rz.prune is the function: the module of that name is found in sys.modules
-    monkeypatch.setattr(
-        importlib.import_module("rewardzip.prune"), "fit", lambda model, *_, **__: shares.append(zeros(model)["0"])
-    )
+    monkeypatch.setattr("rewardzip.finetune.fit", lambda model, *_, **__: shares.append(zeros(model)["0"]))
     rz.prune(mlp(10, 100), rz.Prune("unstructured", 0.8, rounds=4, finetune_steps=1), rows(k=10), progress=False)
     assert shares == pytest.approx([0.8 * (1 - (1 - r / 4) ** 3) for r in (1, 2, 3, 4)], abs=1e-3)
 
@@ -404,6 +400,7 @@ BAD = [
     (lambda: rz.Prune("unstructured", 0.5, rounds=0), "rounds=0"),
     (lambda: rz.Prune("unstructured", 0.5, rounds=1.5), "rounds=1.5"),
     (lambda: rz.Prune("unstructured", 0.5, finetune_steps=0.5), "finetune_steps=0.5"),
+    (lambda: rz.Prune("unstructured", 0.5, finetune_steps=5, amp="int8"), "amp is .int8."),
     (lambda: rz.Prune("unstructured", "0.5"), "amount is '0.5'"),
     (lambda: rz.Prune("unstructured", threshold="0.5"), "threshold is '0.5'"),
     (lambda: rz.Prune("block", 0.5, block=16), "block is 16"),
@@ -468,7 +465,7 @@ def test_what_does_not_fit_the_model_is_refused_and_the_model_untouched():
         rz.prune(model, rz.Int8(), x)
     two = nn.LSTM(12, 4)
     two.head = nn.Linear(4, 3)
-    with pytest.raises(TypeError, match="one output tensor, not tuple"):
+    with pytest.raises(TypeError, match="LSTM gives tuple, not a tensor"):
         rz.prune(two, rz.Prune("unstructured", 0.5, finetune_steps=1), (x,))
 
 
