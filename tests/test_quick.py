@@ -19,9 +19,14 @@ quick = pytest.importorskip("rewardzip_kernels.cpu.quick")
 def form(request, monkeypatch):
     if request.param == "python":
         monkeypatch.setattr(quick, "_found", lambda: None)
-    else:
-        assert quick._found() is not None
+    elif quick._found() is None:
+        pytest.skip("this torch is another")
     return request.param
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="what other versions have is theirs to say")
+def test_the_torch_that_tests_run_with_has_it():
+    assert quick._found() is not None
 
 
 def mlp(width=64, out=1):
@@ -141,6 +146,8 @@ def test_nothing_leaks(form, no_garbage):
 
 def test_refusals_do_not_leak(no_garbage):
     found = quick._found()
+    if found is None:
+        pytest.skip("this torch is another")
     fast, x = MODELS["a layer"](), torch.randn(1, 24)
     fast(x), fast(x)
     (call,) = [c.cell_contents for c in _settled(fast).__closure__ if type(c.cell_contents) is type(len)]
