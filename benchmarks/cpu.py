@@ -57,7 +57,7 @@ OURS = {"fused fp32": rz.Fused(), "int8": rz.Int8(), "int8 x int8": rz.Int8(acti
 
 
 def ours(nets: Nets) -> dict[str, nn.Module]:
-    """By our names; wide networks have no fp32 form of ours."""
+    """By our names; some networks may have no fp32 form of ours."""
     found = {}
     for name, config in OURS.items():
         if len(nets) > 1:

@@ -31,8 +31,10 @@ from .shortcut import Shortcut
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
 
-# beyond this a few rows are worth several threads, which share the outputs of one layer after the other
+# weights of a network up to which one call is faster on a CPU than a call a layer, whose outputs threads can share; and
+# where the last layer has few outputs, of compressed and of dense ones: docs/benchmarks.md
 WEIGHTS_OF_ONE_CALL = 1 << 20
+WITH_FEW_OUTPUTS = {"compressed": 1 << 22, "dense": 1 << 25}
 
 # up to so many multiply-adds, zeros and all, one call is faster than a call a layer without empty blocks, by what the
 # rows are: docs/benchmarks.md
@@ -255,12 +257,20 @@ def is_narrow(linears: list[Any]) -> bool:
     return all(m.out_features <= MAX_WIDTH for m in linears) and linears[0].in_features <= MAX_INPUT_WIDTH
 
 
+def is_one_call(linears: list[Any]) -> bool:
+    """Whether one thread takes a row through all of them on a CPU."""
+    most, kinds = WEIGHTS_OF_ONE_CALL, {type(m) for m in linears[:-1]}
+    if linears[-1].out_features <= MAX_OUT and not kinds & {BlockSparseLinear}:
+        most = WITH_FEW_OUTPUTS["dense" if kinds == {nn.Linear} else "compressed"]
+    return bool(sum(m.in_features * m.out_features for m in linears) <= most)
+
+
 def fits_for_few(linears: list[Any]) -> bool:
     """Whether they can be a ``Pruned`` chain: blocks among them, and a last layer that reads its rows as they are."""
     blocks = [m for m in linears if type(m) is BlockSparseLinear]
     return (
         bool(blocks)
-        and sum(m.in_features * m.out_features for m in linears) <= WEIGHTS_OF_ONE_CALL
+        and is_one_call(linears)
         and all(m.scale is not None for m in blocks)
         and follow(linears, (Int8Linear, BlockSparseLinear))
         and getattr(linears[-1], "rows", "float") == "float"
@@ -272,7 +282,7 @@ def fits_dense(linears: list[Any]) -> bool:
     return (
         2 <= len(linears) <= MAX_LAYERS
         and all(type(m) is nn.Linear for m in linears)
-        and sum(m.in_features * m.out_features for m in linears) <= WEIGHTS_OF_ONE_CALL
+        and is_one_call(linears)
         and all(a.out_features == b.in_features for a, b in pairwise(linears))
     )
 
@@ -295,12 +305,13 @@ class Wide(Chain):
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
         super().__init__(module, steps)
         self.weights = sum(m.in_features * m.out_features for m in self.linears)
+        self.one_call = is_one_call(self.linears)
         if len(steps) > 2 and is_head(self.linears[-2:], steps[-2:]):
             self.tail = Head(module, steps[-2:])
 
     @property
     def where(self) -> str:
-        cpu = "one call" if self.weights <= WEIGHTS_OF_ONE_CALL else "layer by layer"
+        cpu = "one call" if self.one_call else "layer by layer"
         return f"{cpu} on a CPU, on a GPU layer by layer{' but for the last two, one launch' if self.tail else ''}"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:
@@ -308,7 +319,7 @@ class Wide(Chain):
             inputs = (torch.cat(inputs, dim),)
         if running.on_gpu(inputs[0]) and self.tail is not None:
             return self.tail(self.one_by_one(*inputs, layers=len(self.steps) - 2))
-        if inputs[0].is_cpu and self.weights <= WEIGHTS_OF_ONE_CALL and not self.is_training():
+        if inputs[0].is_cpu and self.one_call and not self.is_training():
             y = self.settled(inputs)
             if y is not None:
                 return y
@@ -385,7 +396,7 @@ class Head(Wide):
 
     @property
     def where(self) -> str:
-        cpu = "one call" if self.weights <= WEIGHTS_OF_ONE_CALL else "layer by layer"
+        cpu = "one call" if self.one_call else "layer by layer"
         return f"one launch on a GPU, on a CPU {cpu}"
 
     def run(self, inputs: tuple[Tensor, ...], dim: int) -> Tensor:

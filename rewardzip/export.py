@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import WEIGHTS_OF_ONE_CALL, Wide
+from .chain import Wide
 from .ensemble import FusedEnsemble
 from .fuse import FusedForward, unfuse
 from .nn import GridLinear, Int8Linear, SharedLinear, SparseLinear
@@ -130,7 +130,7 @@ def unfused(model: nn.Module) -> nn.Module:
         if isinstance(module, FusedForward):
             for chain in module.rz_chains:
                 last = chain.linears[-1]
-                one_call = not isinstance(chain, Wide) or chain.weights <= WEIGHTS_OF_ONE_CALL
+                one_call = not isinstance(chain, Wide) or chain.one_call
                 if one_call and isinstance(last, Int8Linear):
                     # the last layer of one call takes its rows as they are
                     last.rows, last.compute_dtype, last.x_scale = "float", None, None

@@ -470,3 +470,13 @@ def test_where_a_chain_runs_is_said_for_both_devices():
     assert "one call on a CPU, layer by layer on a GPU" in repr(rz.swap(small, rz.Int8(activations="dynamic")))
     assert "on a GPU layer by layer but for the last two" in repr(rz.swap(mlp(1200, 64, 64, 1), rz.Int8()))
     assert "layer by layer on a CPU" in str(rz.explain(rz.swap(mlp(64, 2048, 2048, 1), rz.Int8())))
+
+
+@pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic")])
+def test_large_networks_of_few_outputs_are_one_call(config):
+    model, x = mlp(300, 1400, 1400, 2), torch.randn(7, 300)
+    fast = rz.swap(model, config)
+    assert "one call on a CPU" in str(rz.explain(fast))
+    torch.testing.assert_close(fast(x), rz.swap(model, config, fuse=False)(x), rtol=1e-2, atol=1e-3)
+    many = rz.swap(mlp(300, 1400, 1400, 20), config)
+    assert "layer by layer on a CPU" in str(rz.explain(many))

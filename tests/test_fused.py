@@ -155,7 +155,7 @@ def test_what_cannot_be_fused_is_said():
     with pytest.warns(UserWarning, match="swap changed nothing: it has no MLP"):
         rz.swap(nn.Sequential(nn.Linear(6, 1)), rz.Fused())
     with pytest.warns(UserWarning, match="swap changed nothing"):
-        rz.swap(mlp(2048, 2048, 1), rz.Fused())
+        rz.swap(mlp(1024, 1024, 200), rz.Fused())
     shared = mlp(6, 16, 1)
     assert rz.swap(shared, rz.Fused(), inplace=True) is shared
 
@@ -340,3 +340,13 @@ def test_forward_mode(config):
         torch.testing.assert_close(fast(x), fast(x.clone()))
     _, tangent = torch.func.jvp(lambda v: v + fast(x).sum(), (v,), (x,))
     assert torch.equal(tangent, x)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_large_networks_of_few_outputs_are_one_call(rows):
+    model, x = mlp(1500, 1500, 4), torch.randn(rows, 1500)
+    fast = rz.swap(model, rz.Fused())
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    (chain,) = type(fast).rz_chains
+    assert chain.route.calls[x.shape] is not None, "what is tested is the one call"
