@@ -46,6 +46,9 @@ HALVES = (torch.float16, torch.bfloat16)
 # multiply-adds on
 SMALL_BFLOAT16, MUCH_BFLOAT16 = 1 << 14, 1 << 23
 
+# multiply-adds from which torch shares a few rows among threads, and the rows that are one thread's here
+SHARED, ROWS_OF_A_BLOCK = 1 << 22, 48
+
 
 @dataclass(frozen=True)
 class Step:
@@ -377,11 +380,18 @@ class Dense(Wide):
         x = inputs[0]
         much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16
-        if much or before not in (None, self.seen):
+        if much or before not in (None, self.seen) or (x.is_cpu and self.is_shared_by_torch(x.shape[:-1].numel())):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         if running.on_gpu(x) and self.narrow and x.dtype in HALVES:
             return Chain.run(self, inputs, dim)
         return super().run(inputs, dim)
+
+    def is_shared_by_torch(self, rows: int) -> bool:
+        """Whether torch's layers, twice as slow on a thread, have more than twice the threads to share the work.
+
+        It is shared there from some million multiply-adds on, outputs and all; here by blocks of rows.
+        """
+        return rows * self.weights > SHARED and torch.get_num_threads() > 2 * max(1, rows // ROWS_OF_A_BLOCK)
 
 
 class Head(Wide):

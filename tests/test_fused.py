@@ -350,3 +350,17 @@ def test_large_networks_of_few_outputs_are_one_call(rows):
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
     (chain,) = type(fast).rz_chains
     assert chain.route.calls[x.shape] is not None, "what is tested is the one call"
+
+
+@pytest.mark.parametrize(
+    ("threads", "rows", "expected"),
+    [(1, 30, True), (2, 30, True), (4, 30, False), (4, 96, True), (16, 96, False), (16, 1, True)],
+)
+def test_with_many_threads_few_rows_of_large_layers_are_torchs(threads, rows, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, x = mlp(600, 600, 4).requires_grad_(False), torch.randn(rows, 600)
+    fast = rz.swap(model, rz.Fused())
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    (chain,) = type(fast).rz_chains
+    assert (chain.route.calls.get(x.shape) is not None) == expected
