@@ -473,9 +473,11 @@ def test_workers_keep_off_the_callers_processor():
         seen[threading.current_thread().name] = os.sched_getaffinity(0)
         time.sleep(0.05)  # or the caller would have done it all
 
-    for _ in range(3):  # a worker begins where it is told to only once it is known
+    me = threading.current_thread().name
+    for _ in range(40):  # a worker begins where it is told to only once it is known, and on a busy machine late
         threads.run(note, [(0, 1), (1, 2)])
-    mine = seen.pop(threading.current_thread().name)
-    assert mine == all_of_them == os.sched_getaffinity(0), "the caller goes where it likes"
+        if len(seen) > 1 and all(where < all_of_them for name, where in seen.items() if name != me):
+            break
+    assert seen.pop(me) == all_of_them == os.sched_getaffinity(0), "the caller goes where it likes"
     assert seen
     assert all(len(where) == len(all_of_them) - 1 and where < all_of_them for where in seen.values())
