@@ -436,9 +436,13 @@ def test_neon_tile_selects_its_dot_product():
 def test_nobody_waits_for_a_worker_that_has_not_begun(monkeypatch):
     torch.set_num_threads(2)
 
+    class Never(Future):
+        def result(self, timeout=None):
+            raise AssertionError("waited for it")
+
     class Asleep:
         def submit(self, work):
-            return Future()
+            return Never()
 
     monkeypatch.setattr(threads, "_workers", lambda count: Asleep())
     done = []
