@@ -24,6 +24,7 @@ from .instruction_sets import choose
 from .linear import BLOCK
 from .mlp_engine import HIDDEN, LAST, OWN_SCRATCH, build
 from .packing import Packed, PackedFloats
+from .pointers import bits_of
 from .tile import PANEL, BFloat16, Float, Float16, Int8, Whole, WholeBFloat16, WholeFloat16
 
 # by what products are made of: for int8 weights, for those in floats
@@ -61,10 +62,6 @@ def hidden_activations(net: tuple[Layer, ...]) -> tuple[str, ...]:
     if len(net) == 1 or any(layer.eps is not None for layer in net):
         names.add("none")
     return tuple(sorted(names, key=lambda name: (name != "none", name)))
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("i", struct.pack("f", value))[0])
 
 
 class Network:
@@ -120,11 +117,11 @@ class Network:
             table += piece, start
             start += spread(piece)
         for packed_member, member in zip(self.packed, networks, strict=True):
-            table += self._at(member[-1].weight), self._at(member[-1].bias, 1), _bits(net[-1].parameter)
+            table += self._at(member[-1].weight), self._at(member[-1].bias, 1), bits_of(net[-1].parameter)
             for layer, weight, t in zip(net, packed_member, member, strict=False):
                 scale = self._at(t.scale) or self.ones.data_ptr()
                 table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
-                table += _bits(layer.parameter), self._at(t.gamma), self._at(t.beta), _bits(layer.eps or 0.0)
+                table += bits_of(layer.parameter), self._at(t.gamma), self._at(t.beta), bits_of(layer.eps or 0.0)
         self.layers, self.members, self.names, self.widest = net, networks, names, widest
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()

@@ -6,6 +6,8 @@ store(pointer, i, v)    pointer[i] = v
 stack(dtype, count)()   the address of ``count`` elements on the stack
 """
 
+import struct
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -92,3 +94,8 @@ def multiply_add(typing_context, a, b, c):
         return builder.call(function, args)
 
     return types.float32(types.float32, types.float32, types.float32), emit
+
+
+def bits_of(value: float) -> int:
+    """The bits of a float32, as tables of int64 hold it."""
+    return int(struct.unpack("i", struct.pack("f", value))[0])

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import threads
 from .calling import OWN, packed
 from .engine import kernel
-from .pointers import i64, load, stack, store
+from .pointers import bits_of, i64, load, stack, store
 
 WORDS = 64
 HEADER = (
@@ -183,7 +183,7 @@ def settled(
         return None
     at, make, _ = found
     letters = code.arguments.ljust(len(words), "i")
-    bits = [_bits(word) if letter == "f" else int(word) for word, letter in zip(words, letters, strict=True)]
+    bits = [bits_of(word) if letter == "f" else int(word) for word, letter in zip(words, letters, strict=True)]
     strides = [1] * dim
     for i in reversed(range(dim - 1)):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
@@ -260,10 +260,6 @@ def changed(
 
 def _bytes(block: Sequence[int]) -> bytes:
     return struct.pack(f"{len(block)}q", *block)
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("i", struct.pack("f", value))[0])
 
 
 @lru_cache
