@@ -200,7 +200,7 @@ def tensors(values: Any) -> Iterator[torch.Tensor]:
 
 def lines(case: str, target: str) -> list[Line]:
     chip, found = CHIPS[target], []
-    for launch in audit.recorded(dict(audit.cases())[case]):
+    for launch in audit.recorded(dict(audit.cases())[case], target):
         kernel = launch.kernel.__name__
         options, parameters = (
             launch.options,

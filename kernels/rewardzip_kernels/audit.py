@@ -254,17 +254,21 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def recorded(case: Callable[[], object]) -> list[Launch]:
-    """The launches of a host call, nothing run."""
-    from .gpu import launch
+def recorded(case: Callable[[], object], target: str = "sm_90") -> list[Launch]:
+    """The launches of a host call on the target, nothing run."""
+    from .gpu import fused_mlp, launch
 
     launches: list[Launch] = []
-    before = launch.off_gpu
+    before = launch.off_gpu, fused_mlp.off_gpu_major
     launch.off_gpu = lambda *told: launches.append(Launch(*told))
+    # ROCm names gfx942's capability 9
+    fused_mlp.off_gpu_major = int(target[3:-1]) if target.startswith("sm_") else 9
+    fused_mlp.plan.cache_clear()
     try:
         case()
     finally:
-        launch.off_gpu = before
+        launch.off_gpu, fused_mlp.off_gpu_major = before
+        fused_mlp.plan.cache_clear()
     return launches
 
 
@@ -345,7 +349,7 @@ def _instructions(compiled: Any) -> str:
 
 def rows_of(case: str, target: str) -> list[Row]:
     rows = []
-    for kernel, _, args, options in recorded(dict(cases())[case]):
+    for kernel, _, args, options in recorded(dict(cases())[case], target):
         compiled = compile_for(kernel, args, options, target)
         registers, stack = _usage(compiled)
         tile = {p.name: v for p, v in zip(kernel.params, args, strict=True) if p.name.startswith(SIZES)}

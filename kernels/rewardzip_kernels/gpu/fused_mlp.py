@@ -140,15 +140,19 @@ RESIDENT_BYTES = 48 * 1024
 # activations by the registers they work in: a comparison; (others: one exponential); a logarithm, an error function
 LIGHT, HEAVY = {"none", "relu", "leaky_relu"}, {"gelu", "gelu_tanh", "softplus", "mish"}
 
+# the compute capability that is assumed where there is no GPU; the audit sets that of its target
+off_gpu_major = 9
 
-def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
+
+def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype, major: int = 9) -> Tile:
     """The written rule, from what compiles without spilling, not yet from measurements.
 
     Few rows: 16 a program, to fill the multiprocessors; in so small a tile any network fits the registers. Many rows,
     at most 128 wide: 128 a program, the weights loaded once; 64 beside the sums of 5 to 16 outputs. Wider: 64 or 128
-    rows where a program keeps one layer of 256; slices of 32 where it keeps two, a layer and the next, or sums more
-    than 4 outputs; 16 rows where it would keep more: a LayerNorm's sums, a heavy activation's terms, more than 16
-    outputs, fp32. So do several pairs of wide layers, which compile for a minute otherwise.
+    rows where a program keeps one layer of 256; where it keeps two, a layer and the next, eight warps if groups of warps
+    multiply together (compute capability 9, which CDNA is too, and 10), else slices of 32, as beside more than 4
+    outputs; 16 rows where it would keep more: a LayerNorm's sums, a heavy activation's terms, more than 16 outputs,
+    fp32. So do several pairs of wide layers, which compile for a minute otherwise.
     """
     hidden = net.layers[:-1]
     widest = max((layer.width for layer in hidden), default=0)
@@ -168,15 +172,20 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> Tile:
         return few
     if pairs == 1:
         streamed = hidden[0].columns > 256 and hidden[0].scale is None
-        return Tile(64, 32, out, 4, False) if names <= LIGHT and not streamed else few
+        if not names <= LIGHT or streamed:
+            return few
+        if major not in (9, 10) or width > 4:
+            return Tile(64, 32, out, 4, False)
+        return Tile(128 if major == 9 else 64, 64, out, 8, False)
     if width > 4:
         return Tile(64, 32, out, 4, False)
-    return Tile(64, 64, out, 4, False) if m <= SOME else Tile(128, 64, out, 8, False)
+    # the sums over members and 128 rows leave too few registers on capability 10
+    return Tile(64, 64, out, 4, False) if m <= SOME or (member_loop and major == 10) else Tile(128, 64, out, 8, False)
 
 
-def candidates(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> list[Tile]:
+def candidates(net: Layout, m: int, member_loop: bool, compute: torch.dtype, major: int = 9) -> list[Tile]:
     """What a sweep measures beside the rule's, which comes first: only that where larger tiles compile for a minute."""
-    rule = tile(net, m, member_loop, compute)
+    rule = tile(net, m, member_loop, compute, major)
     pairs = sum(layer.width > 128 and layer.columns > 128 for layer in net.layers[:-2])
     if pairs > 1 or compute == torch.float32 or net.layers[-1].width > 16:
         return [rule]
@@ -194,13 +203,19 @@ def bucket(net: Layout, m: int, member_loop: bool, compute: torch.dtype) -> str:
     return f"fused_mlp {m} x {tiles.up(sum(net.layers[0].pieces))}: {', '.join(layers)}; {kinds}"
 
 
+def major(device: int) -> int:
+    """The device's compute capability, without what follows the point; the device's number is -1 off GPUs."""
+    return torch.cuda.get_device_capability(device)[0] if device >= 0 else off_gpu_major
+
+
 @tiles.planned
-def _plan(
+def plan(
     layers: str, quantised: bool, rows: int, member_loop: bool, compute: torch.dtype, device: int
 ) -> tuple[Layout, Tile]:
     net = layout(layers, quantised)
     case = net, rows, member_loop, compute
-    return net, tiles.choose(bucket(*case), device, tile(*case), lambda: candidates(*case))
+    rule = tile(*case, major(device))
+    return net, tiles.choose(bucket(*case), device, rule, lambda: candidates(*case, major(device)))
 
 
 @lru_cache
@@ -256,7 +271,7 @@ def _prepare(
 ) -> Prepared:
     m, strides = xs[0].shape[0], tuple([x.stride(0) for x in xs])
     loop = (members or 0) if reduce == "mean_std" else 0
-    net, t = _plan(layers, weights.dtype == torch.int8, row_class(m), loop > 0, compute, y.get_device())
+    net, t = plan(layers, weights.dtype == torch.int8, row_class(m), loop > 0, compute, y.get_device())
     programs = triton.cdiv(m, t.block_m)
     if t.resident:
         programs = min(programs, 2 * _multiprocessors(y.device))
