@@ -149,10 +149,10 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype, major: in
 
     Few rows: 16 a program, to fill the multiprocessors; in so small a tile any network fits the registers. Many rows,
     at most 128 wide: 128 a program, the weights loaded once; 64 beside the sums of 5 to 16 outputs. Wider: 64 or 128
-    rows where a program keeps one layer of 256; where it keeps two, a layer and the next, eight warps if groups of warps
-    multiply together (compute capability 9, which CDNA is too, and 10), else slices of 32, as beside more than 4
-    outputs; 16 rows where it would keep more: a LayerNorm's sums, a heavy activation's terms, more than 16 outputs,
-    fp32. So do several pairs of wide layers, which compile for a minute otherwise.
+    rows where a program keeps one layer of 256; where it keeps two, a layer and the next, slices of 32, or eight warps
+    where groups of warps multiply together (compute capability 9, which CDNA is too, and 10); slices of 32 beside more
+    than 4 outputs; 16 rows where it would keep more: a LayerNorm's sums, a heavy activation's terms, more than 16
+    outputs, fp32. So do several pairs of wide layers, which compile for a minute otherwise.
     """
     hidden = net.layers[:-1]
     widest = max((layer.width for layer in hidden), default=0)
@@ -174,9 +174,11 @@ def tile(net: Layout, m: int, member_loop: bool, compute: torch.dtype, major: in
         streamed = hidden[0].columns > 256 and hidden[0].scale is None
         if not names <= LIGHT or streamed:
             return few
-        if major not in (9, 10) or width > 4:
+        if width > 4 or major not in (9, 10):
             return Tile(64, 32, out, 4, False)
-        return Tile(128 if major == 9 else 64, 64, out, 8, False)
+        if m > SOME and (major == 9 or hidden[0].columns <= 256):
+            return Tile(128, 64, out, 8, False)
+        return Tile(64, 32, out, 4, False) if major == 9 else Tile(64, 64, out, 8, False)
     if width > 4:
         return Tile(64, 32, out, 4, False)
     # the sums over members and 128 rows leave too few registers on capability 10
