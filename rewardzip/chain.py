@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from rewardzip_kernels import activations, fused_mlp, reward_head
+from rewardzip_kernels.fused_mlp import multiplies_bfloat16
 from rewardzip_kernels.mlp_layout import MAX_INPUTS, MAX_LAYERS, MAX_WIDTH, Linear, pack
 from rewardzip_kernels.registration import nobody_listens, transforms
 from rewardzip_kernels.reward_head import MAX_OUT
@@ -42,8 +43,8 @@ FEW = {"float": 1 << 22, "dynamic": 1 << 25}
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# of a dense bfloat16 model with more weights than these, torch is faster on CPUs that multiply bfloat16 from so many
-# multiply-adds on
+# of a dense bfloat16 model with more weights than these, torch is faster from so many multiply-adds on, on CPUs with
+# instructions for bfloat16 that the kernels do not use
 SMALL_BFLOAT16, MUCH_BFLOAT16 = 1 << 14, 1 << 23
 
 # multiply-adds from which torch shares a few rows among threads, and the rows that are one thread's here
@@ -120,20 +121,18 @@ class Chain:
             if transforms() is not None:  # numbers lent for this call
                 return self.one_by_one(*inputs)
             packed = self.pack(widths)
-        compute = compute_for(inputs[0], self.compute_dtype)
+        compute = compute_for(inputs, self.compute_dtype)
         return fused_mlp(list(inputs), packed.weights, packed.params, packed.layers, None, "none", compute)
 
     def settled(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Of a plain call, the same from the first one on. On a CPU rows are made dense, and fp32 of 16 bits."""
+        """Of a plain call, the same from the first one on. On a CPU rows are made dense."""
         if is_compiling():
             return None
-        rows = inputs
         if inputs[0].is_cpu and not running.on_gpu(inputs[0]):
             inputs = tuple([x.contiguous() for x in inputs])
-            rows = tuple([x.float() for x in inputs]) if inputs[0].dtype in HALVES else inputs
         widths = tuple([int(x.shape[-1]) for x in inputs])
-        compute = compute_for(rows[0], self.compute_dtype)
-        self.shortcut.settle(rows, self.describe(widths), compute, lambda: self.flat(widths))
+        compute = compute_for(inputs, self.compute_dtype)
+        self.shortcut.settle(inputs, self.describe(widths), compute, lambda: self.flat(widths))
         return self.route.quick(*inputs)
 
     def one_by_one(self, *inputs: Tensor, layers: int | None = None) -> Tensor:
@@ -208,9 +207,12 @@ def in_floats(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple([x if x.is_floating_point() else x.to(kind) for x in inputs])
 
 
-def compute_for(x: Tensor, wish: torch.dtype | None) -> torch.dtype | None:
-    """What products are made of: the user's wish, else on a GPU float16 for fp32 rows, on a CPU the rows' own type."""
-    return torch.float32 if wish is None and x.dtype == torch.float32 and not running.on_gpu(x) else wish
+def compute_for(inputs: tuple[Tensor, ...], wish: torch.dtype | None) -> torch.dtype | None:
+    """What products are made of: the user's wish; else on a GPU what the op takes for these rows, on a CPU bfloat16 for
+    rows of it, which has instructions for them, and float32 for others."""
+    if wish is not None or running.on_gpu(inputs[0]):
+        return wish
+    return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in inputs) else torch.float32
 
 
 def autocast(inputs: tuple[Tensor, ...]) -> bool:
@@ -378,7 +380,7 @@ class Dense(Wide):
         # numbers that change from call to call, as in training, are not worth packing
         before, self.seen = self.seen, self.shortcut.versions()
         x = inputs[0]
-        much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16
+        much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16 and not multiplies_bfloat16()
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16
         if much or before not in (None, self.seen) or (x.is_cpu and self.is_shared_by_torch(x.shape[:-1].numel())):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))

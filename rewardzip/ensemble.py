@@ -208,7 +208,7 @@ class _Launch:
                     new = found[1].copy_(new[0]), found[2].copy_(new[1])
             found = self.packed[widths] = changed, *new, layers
         _, weights, params, layers = found
-        compute = compute_for(inputs[0], self.chains[0].compute_dtype)
+        compute = compute_for(inputs, self.chains[0].compute_dtype)
         y = fused_mlp(list(inputs), weights, params, layers, len(self.chains), reduce, compute)
         self.shortcuts[reduce].settle(inputs, layers, compute, lambda: (weights, params))
         return y
@@ -223,7 +223,7 @@ class _Launch:
         before, self.seen = self.seen, self.shortcut.versions()
         if before in (None, self.seen):
             shortcut = self.shortcuts[reduce]
-            shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs[0], None))
+            shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs, None))
             y = shortcut.straight.quick(*inputs)
             if y is not None:
                 return y

@@ -87,7 +87,7 @@ class Shortcut:
         x = inputs[0]
         if is_compiling() or not nobody_listens(inputs):
             return
-        if compute not in (torch.float32, torch.int8) if x.is_cpu else not x.is_cuda or packed is None:
+        if compute in (None, torch.float16) if x.is_cpu else not x.is_cuda or packed is None:
             return
         if self.uncompressed and len({p.dtype for p in self.dense()}) > 1:
             return

@@ -164,7 +164,7 @@ def test_what_cannot_be_fused_is_said():
 @pytest.mark.parametrize("config", [rz.Fused(), rz.Int8(), rz.Int8("dynamic")])
 @pytest.mark.parametrize("rows", [(), (1,), (50,), (2, 3)])
 def test_16_bit_rows_are_read_as_they_are(dtype, config, rows):
-    """As the same model's in fp32 on the same numbers, rounded once at the end."""
+    """As the same model's in fp32 on the same numbers, rounded once at the end; products of bfloat16 round between."""
     model = rz.RewardMLP(17, 6, (32, 32)).to(dtype)
     x = [torch.randn(*rows, width).to(dtype) for width in (17, 6)]
     wide = rz.swap(copy.deepcopy(model).float(), config)
@@ -173,7 +173,9 @@ def test_16_bit_rows_are_read_as_they_are(dtype, config, rows):
         for _ in range(3):
             y = fast(*x)
         assert y.dtype == dtype
-        assert torch.equal(y, wide(*[i.float() for i in x]).to(dtype))
+        exact = wide(*[i.float() for i in x]).to(dtype)
+        close = 2**-6 if dtype == torch.bfloat16 and config != rz.Int8("dynamic") else 0
+        torch.testing.assert_close(y, exact, rtol=close, atol=close)
         chain = type(fast.net).rz_chains[0]
         if rows:
             assert chain.shortcut.flat.quick(*x) is not None, "what is tested is the one call"
@@ -203,7 +205,9 @@ def test_16_bit_models_learn_as_before():
         assert torch.equal(a.grad, b.grad)
 
 
-def test_much_bfloat16_is_left_to_torch(monkeypatch):
+@pytest.mark.parametrize("instructions", [True, False])
+def test_much_bfloat16_is_left_to_torch_without_instructions_for_it(monkeypatch, instructions):
+    monkeypatch.setattr("rewardzip.chain.multiplies_bfloat16", lambda: instructions)
     model = mlp(6, 256, 256, 1).bfloat16().requires_grad_(False)
     fast, exact = rz.swap(model, rz.Fused()), rz.swap(copy.deepcopy(model).float(), rz.Fused())
     (chain,) = type(fast).rz_chains
@@ -216,7 +220,7 @@ def test_much_bfloat16_is_left_to_torch(monkeypatch):
         x = x.bfloat16()
         seen.clear()
         fast(x)
-        assert bool(seen) == alone
+        assert bool(seen) == (alone and not instructions)
 
 
 # Triton's interpreter cannot multiply bfloat16

@@ -294,6 +294,12 @@ def network(
         return make(networks, layout(layers, True), members, reduce, compute_dtype, None)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU's form multiplies bfloat16 as fast as this processor can: not where it has units for matrices."""
+    made = implementation("cpu", "fused_mlp", fused_mlp_reference)
+    return bool(getattr(made, "multiplies_bfloat16", lambda: False)())
+
+
 def packed_network(
     packed: Callable[[], tuple[Tensor, Tensor]],
     device: torch.device,

@@ -8,7 +8,7 @@ noticed as in ``packing.py``.
 import struct
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
 from ..written import function
 from . import mlp_gradient, quick, threads
 from .engine import kernel
-from .instruction_sets import choose
+from .instruction_sets import choose, processor_features
 from .linear import BLOCK
 from .mlp_engine import HIDDEN, LAST, OWN_SCRATCH, build
 from .packing import Packed, PackedFloats
 from .pointers import bits_of
-from .tile import PANEL, BFloat16, Float, Float16, Int8, Whole, WholeBFloat16, WholeFloat16
+from .tile import PANEL, BFloat16, Float, Float16, Int8, PairsBFloat16, Whole, WholeBFloat16, WholeFloat16
 
 # by what products are made of: for int8 weights, for those in floats
 KINDS: dict[torch.dtype, tuple[Any, Any]] = {
@@ -39,6 +39,17 @@ FLOAT = torch.float32
 HALVES = (torch.float16, torch.bfloat16)
 
 _plans: dict[tuple[Any, ...], "Plan"] = {}
+
+
+def multiplies_bfloat16() -> bool:
+    return PairsBFloat16.multiplies(choose()) and "amx-bf16" not in processor_features()
+
+
+def kind_for(compute: torch.dtype, stored: torch.dtype, isa: str | None) -> Any:
+    """The tile for products of this type and weights of that."""
+    if compute == torch.bfloat16 and PairsBFloat16.multiplies(choose(isa)):
+        return PairsBFloat16
+    return KINDS[compute][stored != torch.int8]
 
 
 @lru_cache(maxsize=256)
@@ -85,7 +96,7 @@ class Network:
         net = flat.layers
         # a single layer is fp32 whatever the type of the products
         stored = networks[0][0].weight.dtype
-        self.kind = KINDS[compute][stored != torch.int8] if len(net) > 1 else Float
+        self.kind = kind_for(compute, stored, isa) if len(net) > 1 else Float
         names = hidden_activations(net)
         self.run = prepare(self.kind, names, net[-1].activation, any(layer.eps is not None for layer in net), isa)
         self.pieces, self.outputs = net[0].pieces, net[-1].width
@@ -102,7 +113,11 @@ class Network:
         self.ones = torch.ones(widest)
         self.packed = [
             [
-                Packed(t.weight, lambda _: None) if stored == torch.int8 else PackedFloats(t.weight.to(compute))
+                PackedFloats(t.weight, torch.bfloat16)
+                if self.kind is PairsBFloat16
+                else Packed(t.weight, lambda _: None)
+                if stored == torch.int8
+                else PackedFloats(t.weight.to(compute))
                 for t in member[:-1]
             ]
             for member in networks
@@ -156,9 +171,13 @@ class Network:
         return Gradient(self) if Gradient.takes(self) else None
 
     def bound(self, inputs: list[Tensor], flat: bool = False) -> Callable[..., Tensor | None] | None:
-        """The network as a function of inputs of these shapes, or None; for others, and all but dense floats on a CPU,
-        the function gives None. ``flat``: the one output of a row has no dimension of its own.
+        """The network as a function of inputs of these shapes and this type, or None; for others, and what is not dense
+        on a CPU, the function gives None. ``flat``: the one output of a row has no dimension of its own.
         """
+        kind = inputs[0].dtype
+        if kind in HALVES:
+            call = self.bound([x.float() for x in inputs], flat)
+            return None if call is None else partial(_of_halves, kind, call)
         shapes = [x.shape for x in inputs]
         leading = shapes[0][:-1]
         m, shape = leading.numel(), (*self.leading, *leading, *(() if flat else (self.outputs,)))
@@ -172,8 +191,7 @@ class Network:
         if call is not None:
             source = f"""
 def f({", ".join(names)}):
-    y = call({", ".join([*names, *([] if own else ["scratch(size)"])])})
-    return of_halves(f, {", ".join(names)}) if y is None else y
+    return call({", ".join([*names, *([] if own else ["scratch(size)"])])})
 """
         else:
             other = [f"{x}.shape != {x}_shape" for x in names[1:]]
@@ -184,14 +202,14 @@ def f({", ".join(names)}):
             source = f"""
 def f({", ".join(names)}):
     if {" or ".join(other)}:
-        return of_halves(f, {", ".join(names)})
+        return None
     y = x0.new({", ".join(f"y{i}" for i in range(len(shape)))})
     {run if few else f"network.rows(address({places}), m, y.data_ptr())"}
     return y
 """
         # the network owns what the table points to
         known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
-        known |= {"of_halves": _of_halves, "call": call}
+        known |= {"call": call}
         place: dict[str, Any] = {**known, "table": self.table_at, "size": self.scratch, "m": m}
         place |= {f"y{i}": size for i, size in enumerate(shape)}
         for x, s, width in zip(names, shapes, self.pieces, strict=True):
@@ -206,10 +224,9 @@ def f({", ".join(names)}):
         return quick.settled(self.run, words, rows, shape, y_at=6, scratch_at=scratch_at, table=(2, 7))
 
 
-def _of_halves(call: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
-    """The call with 16-bit inputs as what they are in fp32; None for others."""
-    kind = inputs[0].dtype
-    if kind not in HALVES or any(x.dtype is not kind or not x.is_cpu for x in inputs):
+def _of_halves(kind: torch.dtype, call: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
+    """The call with inputs of 16 bits as what they are in fp32; None for others."""
+    if any(x.dtype is not kind or not x.is_cpu for x in inputs):
         return None
     y = call(*[x.float() for x in inputs])
     return None if y is None else y.to(kind)
@@ -384,3 +401,4 @@ def _unseen(
 # calls ``_check`` where it has not seen the like before
 fused_mlp.checks = True  # type: ignore[attr-defined]
 fused_mlp.network = Network  # type: ignore[attr-defined]
+fused_mlp.multiplies_bfloat16 = multiplies_bfloat16  # type: ignore[attr-defined]

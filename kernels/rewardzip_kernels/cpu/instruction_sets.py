@@ -125,9 +125,14 @@ def target() -> tuple[str, str]:
 
 
 @lru_cache
+def processor_features() -> frozenset[str]:
+    return frozenset(f[1:] for f in target()[1].split(",") if f.startswith("+"))
+
+
+@lru_cache
 def available() -> tuple[str, ...]:
     """The names of the instruction sets this processor can run, best first."""
-    features = {f[1:] for f in target()[1].split(",") if f.startswith("+")}
+    features = processor_features()
     return tuple(i.name for i in INSTRUCTION_SETS.values() if features.issuperset(i.features))
 
 

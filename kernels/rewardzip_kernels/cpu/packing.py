@@ -48,12 +48,15 @@ class Packed:
 
 
 class PackedFloats:
-    """The same of weights in floats, as fp32: [N/64][K/4][4][64]."""
+    """The same of weights in floats: as fp32 [N/64][K/4][4][64], or in pairs of bf16 [N/64][K/4][2][64][2], which hold
+    int8 exactly."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32):
         n, k = weight.shape
-        padded = torch.nn.functional.pad(weight.float(), (0, -k % 4, 0, -n % PANEL))
-        self.panels = padded.view(-1, PANEL, padded.shape[1] // 4, 4).permute(0, 2, 3, 1).contiguous()
+        together = 4 // dtype.itemsize
+        padded = torch.nn.functional.pad(weight.to(dtype), (0, -k % 4, 0, -n % PANEL))
+        parts = padded.view(-1, PANEL, padded.shape[1] // 4, 4 // together, together)
+        self.panels = parts.permute(0, 2, 3, 1, 4).contiguous()
         self.zeros = torch.zeros(len(padded))
         header = [self.panels.data_ptr(), self.zeros.data_ptr(), self.zeros.data_ptr(), n, k]
         self.header = torch.tensor(header, dtype=torch.int64)

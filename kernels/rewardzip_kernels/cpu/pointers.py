@@ -1,6 +1,6 @@
 """Raw memory in Numba: typed loads and stores at an address, so that a kernel takes plain integers and no arrays.
 
-f32(address)            a pointer to float32; i64, i32, i8, u8 likewise
+f32(address)            a pointer to float32; i64, i32, i8, u8, u16 likewise
 load(pointer, i)        pointer[i], with no wrap-around of negative indices and no bounds check
 store(pointer, i, v)    pointer[i] = v
 stack(dtype, count)()   the address of ``count`` elements on the stack
@@ -26,7 +26,7 @@ def _pointer_to(dtype):
 
 
 f32, i64, i32 = _pointer_to(types.float32), _pointer_to(types.int64), _pointer_to(types.int32)
-i8, u8 = _pointer_to(types.int8), _pointer_to(types.uint8)
+i8, u8, u16 = _pointer_to(types.int8), _pointer_to(types.uint8), _pointer_to(types.uint16)
 
 
 @intrinsic
@@ -70,6 +70,16 @@ def magnitude(typing_context, value):
     def emit(context, builder, signature, args):
         integer = ir.IntType(32)
         return builder.and_(builder.bitcast(args[0], integer), integer(0x7FFFFFFF))
+
+    return types.int32(types.float32), emit
+
+
+@intrinsic
+def as_bits(typing_context, value):
+    """The bits of a float32 as an int32."""
+
+    def emit(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(types.float32), emit
 

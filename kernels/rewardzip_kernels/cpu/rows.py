@@ -1,11 +1,11 @@
 """How a kernel takes in rows: quantised to bytes, or as fp32, rounded or not. All pad a row to a multiple of 4."""
 
-from numpy import float32, int32, rint, uint8
+from numpy import float32, int32, rint, uint8, uint16
 
 from ..quantize import QMAX, TINY
 from .activations import INFINITY, inlined
-from .pointers import f32, from_bits, load, magnitude, store, u8
-from .tile import Int8
+from .pointers import as_bits, f32, from_bits, load, magnitude, store, u8, u16
+from .tile import Int8, PairsBFloat16
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
 INFINITE, SMALLEST_FLOAT16 = int32(0x7F800000), int32(0x38800000)
@@ -83,9 +83,27 @@ def copy(rounded):
     return fill
 
 
+@inlined
+def halve(x_address, k, padded, _, copy_address):
+    """To bf16: the upper half of what is rounded so."""
+    x, y = f32(x_address), u16(copy_address)
+    for i in range(k):
+        value = to_bfloat16(load(x, i))
+        # of a NaN the upper half may be inf
+        store(y, i, uint16(as_bits(value if value == value else NAN) >> int32(16) & int32(0xFFFF)))
+    for i in range(k, padded):
+        store(y, i, uint16(0))
+    return float32(1)
+
+
 def take_rows(kind):
     """Rows of fp32, ``stride`` apart, to what the tile of this kind reads, with a scale for each row."""
-    fill = quantize(kind.isa.zero_point) if isinstance(kind, Int8) else copy(ROUNDINGS[kind.rows_dtype])
+    if isinstance(kind, Int8):
+        fill = quantize(kind.isa.zero_point)
+    elif isinstance(kind, PairsBFloat16):
+        fill = halve
+    else:
+        fill = copy(ROUNDINGS[kind.rows_dtype])
     item = kind.item
 
     @inlined

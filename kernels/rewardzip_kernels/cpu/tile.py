@@ -1,7 +1,7 @@
 """The register tile: sums of a few rows times 64 outputs, held in registers over all of K.
 
-    x     [rows, 4 * steps] u8 (or fp32), rows ``stride`` bytes apart
-    w     [steps, 64, 4] int8: one panel of packed weights
+    x     [rows, 4 * steps] u8 (or fp32, bf16), rows ``stride`` bytes apart
+    w     [steps, 64, 4] int8: one panel of packed weights; in floats as ``packing.py`` lays them
     start [64] int32 (or fp32): where the sums begin
     sums  [rows, 64] int32 (or fp32)
 
@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .instruction_sets import I8, I32, InstructionSet, signed_byte
+from .instruction_sets import I8, I32, InstructionSet, call, processor_features, signed_byte
 
 PANEL = 64
 I64, F32 = ir.IntType(64), ir.FloatType()
@@ -131,6 +131,49 @@ class WholeBFloat16(Whole):
     """Rows rounded to bf16 first."""
 
     rows_dtype = "bfloat16"
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """llvmlite has no such type."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+class PairsBFloat16(Float):
+    """Rows rounded to bf16 times weights in bf16, two and two in one instruction, added in fp32.
+
+    int8 weights are whole numbers that bf16 holds exactly. Only for processors that multiply bf16: ``multiplies``.
+    """
+
+    item, step_bytes, parts, rows_dtype = 2, 4 * 2 * PANEL, 2, "bfloat16"
+    parallel_work = 1 << 25
+
+    def __init__(self, isa: InstructionSet):
+        self.isa, self.rows = isa, isa.rows
+
+    @staticmethod
+    def multiplies(isa: InstructionSet) -> bool:
+        return isa.lanes == 16 and "avx512bf16" in processor_features()
+
+    def stored(self, builder, w, output):
+        return builder.gep(w, [builder.mul(output, I64(4))])
+
+    def weights(self, builder, w, part):
+        return read(builder, w, I64(4 * PANEL * part), ir.VectorType(I32, self.isa.lanes))
+
+    def inputs_of(self, builder, row, offset, part):
+        return splat(builder, read(builder, row, builder.add(offset, I64(4 * part)), I32), self.isa.lanes)
+
+    def dot(self, builder, acc, x, w):
+        x, w = (builder.bitcast(v, ir.VectorType(_BFloat(), 2 * self.isa.lanes)) for v in (x, w))
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, acc, x, w)
 
 
 def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):
