@@ -20,7 +20,7 @@ from rewardzip_kernels.cpu import engine, threads
 from rewardzip_kernels.cpu.instruction_sets import INSTRUCTION_SETS, available, choose
 from rewardzip_kernels.cpu.int8_dynamic_linear import int8_dynamic_linear
 from rewardzip_kernels.cpu.int8_linear import int8_linear
-from rewardzip_kernels.cpu.packing import _kept
+from rewardzip_kernels.cpu.packing import packed
 from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
 from rewardzip_kernels.cpu.quantize_rows import quantize_rows
 from rewardzip_kernels.cpu.tile import Float, Int8
@@ -302,12 +302,12 @@ def test_weight_pointed_elsewhere():
 def test_weights_freed_and_reallocated():
     x, _, scale, bias = layer(3, 64, 64)
     gc.collect()
-    before = len(_kept)
+    before = len(packed.entries)
     for value in range(50):
         weight = torch.full((64, 64), value, dtype=torch.int8)
         assert torch.equal(int8_linear(x, weight, scale, bias), int8_linear(x, weight.clone(), scale, bias))
     del weight
-    assert len(_kept) == before
+    assert len(packed.entries) == before
 
 
 def test_instruction_set_must_exist():

@@ -115,7 +115,7 @@ class Network:
             [
                 PackedFloats(t.weight, torch.bfloat16)
                 if self.kind is PairsBFloat16
-                else Packed(t.weight, lambda _: None)
+                else Packed(t.weight)
                 if stored == torch.int8
                 else PackedFloats(t.weight.to(compute))
                 for t in member[:-1]
@@ -254,7 +254,7 @@ class Gradient:
         self.run = prepare_gradient(*key)
         with torch.no_grad():
             turned = [t.weight.t().contiguous() for t in hidden]
-            self.packed = [Packed(w, lambda _: None) if back is Float else PackedFloats(w) for w in turned]
+            self.packed = [Packed(w) if back is Float else PackedFloats(w) for w in turned]
         self.turned = turned
         self.back = torch.tensor([packed.address for packed in self.packed], dtype=torch.int64)
         self.columns = sum(network.pieces)

@@ -21,14 +21,14 @@ def int8_dynamic_linear(
     x_scale: Tensor | None = None,
     isa: str | None = None,
 ) -> Tensor:
-    y = linear(Int8, x.float(), lambda: packed(weight), scale, bias, activation, x_scale, isa)
+    y = linear(Int8, x.float(), lambda: packed((weight,)), scale, bias, activation, x_scale, isa)
     if y is None:
         return int8_dynamic_linear_reference(x, weight, scale, bias, activation, x_scale)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _settled(weight: Tensor, *rest: Any) -> Callable[[Tensor], Tensor | None] | None:
-    return settled(Int8, packed, (weight,), *rest)
+    return settled(Int8, lambda weight: packed((weight,)), (weight,), *rest)
 
 
 int8_dynamic_linear.settled = _settled  # type: ignore[attr-defined]

@@ -23,8 +23,10 @@ from .rows import take_rows
 from .sweep import sweep
 from .tile import PANEL, Float, Int8
 
-# rows that pass under the panels together: 32 KB to 4 MB of them measure the same
+# rows that pass under the panels together, in a whole MLP and at least
 BLOCK = 48
+# and in one layer, where they fit: of weights beyond the cache it reads each fewer times
+MOST_ROWS, ROWS_BYTES = 384, 3 << 19
 
 
 def build(kind: Int8 | Float, activation: str):
@@ -59,6 +61,11 @@ def prepare(kind: Any, activation: str, isa: str | None) -> tuple[Any, float]:
     return kernel(key, lambda: build(kind(chosen), entry.name)), parameter
 
 
+def block_of(m: int, row_bytes: int) -> int:
+    """Rows that pass under the panels together: whole tiles of any kind."""
+    return min(m, max(BLOCK, min(MOST_ROWS, ROWS_BYTES // row_bytes) // 12 * 12))
+
+
 def linear(
     kind: Any,
     x: Tensor,
@@ -88,7 +95,7 @@ def linear(
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     row_bytes = layer.padded_k * kind.item
-    block = min(BLOCK, m)
+    block = block_of(m, row_bytes)
     static = 0 if x_scale is None else x_scale.data_ptr()
     fixed = layer.address, scale.data_ptr(), bias_at, static, parameter, stride, block
     x_at, y_at, size, panels = x.data_ptr(), y.data_ptr(), block * (row_bytes + 4), layer.count
@@ -133,8 +140,9 @@ def settled(
     if x.shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
         return None
     scale = layer.ones if scale is None else scale
-    block = min(BLOCK, m)
+    row_bytes = layer.padded_k * kind.item
+    block = block_of(m, row_bytes)
     at = layer.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
     fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, layer.k, block
-    size, held = block * (layer.padded_k * kind.item + 4), (layer, scale, bias, x_scale)
+    size, held = block * (row_bytes + 4), (layer, scale, bias, x_scale)
     return settled_rows(run, fixed, (0, layer.count), x.shape, (*x.shape[:-1], layer.n), size, weights, held)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..checks import dense_rows
+from ..kept import Kept
 from ..mlp_layout import Linear, layout
 from ..reward_head import reward_head_reference
 from .fused_mlp import Network
-from .keeping import kept
 
 
 def _network(weight: Tensor, head: Tensor, *rest: Any) -> Network:
@@ -21,6 +21,9 @@ def _network(weight: Tensor, head: Tensor, *rest: Any) -> Network:
     last = Linear(head, head.new_zeros(outputs) if head_bias is None else head_bias)
     flat = layout(f"{k}: {n} {activation}, {outputs}", weight.dtype == torch.int8)
     return Network([[hidden, last]], flat, None, "none", compute, isa)
+
+
+_kept = Kept(_network)
 
 
 def reward_head(
@@ -37,7 +40,7 @@ def reward_head(
     vectors = scale, bias, head_bias
     given = tuple(vector is not None for vector in vectors)
     tensors = weight, head_weight, *(vector for vector in vectors if vector is not None)
-    network = kept(_network, tensors, given, activation, compute_dtype or x.dtype, isa)
+    network = _kept(tensors, given, activation, compute_dtype or x.dtype, isa)
     if network.run is None:
         return reward_head_reference(x, weight, scale, bias, head_weight, head_bias, activation, compute_dtype)
     rows = dense_rows(x.float()).contiguous()

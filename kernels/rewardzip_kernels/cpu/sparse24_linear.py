@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..kept import Kept
 from ..sparse24_linear import products, sparse24_linear_reference
-from .keeping import kept
 from .linear import linear, settled
 from .packing24 import Packed24
 from .tile24 import Sparse24BFloat16, Sparse24Float, Sparse24Float16, Sparse24Int8
@@ -15,9 +15,11 @@ from .tile24 import Sparse24BFloat16, Sparse24Float, Sparse24Float16, Sparse24In
 FLOAT_KINDS = {torch.int8: Sparse24Float, torch.float16: Sparse24Float16, torch.bfloat16: Sparse24BFloat16}
 
 
+_kept = Kept(Packed24)
+
+
 def _packed(values: Tensor, indices: Tensor, in_features: int) -> Packed24:
-    packed: Packed24 = kept(Packed24, (values, indices), in_features)
-    return packed
+    return _kept((values, indices), in_features)
 
 
 def sparse24_linear(

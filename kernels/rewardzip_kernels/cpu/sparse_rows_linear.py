@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..activations import parse
 from ..checks import dense_rows
+from ..kept import Kept
 from ..sparse_rows_linear import check_stored, sparse_rows_linear_reference
 from . import threads
 from .activations import ACTIVATIONS
 from .engine import kernel
 from .instruction_sets import choose
-from .keeping import kept
 from .linear import BLOCK
 from .nonzeros import nonzero_sums
 from .pointers import f32, i32, load, stack, store
@@ -89,6 +89,9 @@ class Stored:
         self.work = int(starts[-1])
 
 
+_kept = Kept(Stored)
+
+
 @lru_cache(maxsize=256)
 def prepare(integers: bool, column_bytes: int, activation: str, isa: str | None) -> tuple[Any, float, int]:
     """(the compiled kernel or None, the activation's parameter, the lanes of a vector)."""
@@ -112,7 +115,7 @@ def sparse_rows_linear(
     run, parameter, lanes = prepare(values.dtype == torch.int8, columns.element_size(), activation, isa)
     if run is None:
         return sparse_rows_linear_reference(x, values, columns, starts, scale, in_features, bias, activation)
-    stored: Stored = kept(Stored, (values, columns, starts), in_features)
+    stored = _kept((values, columns, starts), in_features)
     rows = dense_rows(x.float())
     (m, k), stride, n = rows.shape, rows.stride(0), stored.n
     y = torch.empty((*x.shape[:-1], n))
@@ -154,7 +157,7 @@ def _settled(
     dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
     if run is None or any(weight.is_inference() for weight in weights) or not dense or x.shape[-1] != in_features:
         return None
-    stored: Stored = kept(Stored, weights, in_features)
+    stored = _kept(weights, in_features)
     m, n, out = x.shape[:-1].numel(), stored.n, (*x.shape[:-1], stored.n)
     if m == 0 or m * stored.work >= PARALLEL_WORK:
         return None
