@@ -23,7 +23,7 @@ from rewardzip_kernels.cpu.int8_linear import int8_linear
 from rewardzip_kernels.cpu.packing import packed
 from rewardzip_kernels.cpu.quantize_rows import _build as quantize_rows_build
 from rewardzip_kernels.cpu.quantize_rows import quantize_rows
-from rewardzip_kernels.cpu.tile import Float, Int8
+from rewardzip_kernels.cpu.tile import Float, Int8, PairsBFloat16
 from rewardzip_kernels.int8_dynamic_linear import int8_dynamic_linear_reference, int8_matmul_reference
 from rewardzip_kernels.int8_linear import int8_linear_reference
 from rewardzip_kernels.quantize import TINY, quantize_rows_reference
@@ -37,7 +37,8 @@ SHAPES = [
     (3, 1, 257),  # a scalar reward
     (20, 66, 20),  # whole tiles of rows with two outputs in the last panel
     (2, 17, 3),  # fewer inputs than a step
-    (49, 130, 1040),  # one more than a block of rows, three panels
+    (49, 130, 1040),  # one more than a block of rows, three panels, a second part of the inputs
+    (13, 70, 2500),  # three parts
     (400, 8, 6),  # many blocks
     (0, 5, 7),  # no rows
 ]
@@ -97,11 +98,24 @@ def test_dynamic_is_its_reference_to_the_bit(m, n, k, isa):
     assert_dynamic(y, x, weight, scale, bias, "relu", None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_weight_only_bound(m, n, k, isa):
+def test_weight_only_bound(m, n, k, dtype, isa):
     x, weight, scale, bias = layer(m, n, k)
+    x = x.to(dtype)
     y = int8_linear(x, weight, scale, bias, "relu", None, isa)
+    assert y.dtype == dtype
     assert_linear(y, x, weight, scale, bias, "relu")
+
+
+def test_bfloat16_carries_nan_and_inf_as_torch_does(isa):
+    """All that 16 bits can be, and of NaN those whose upper bits alone are inf."""
+    x = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.bfloat16)[:, None]
+    one = torch.ones(1, 1, dtype=torch.int8), torch.ones(1), None, "none"
+    kept = torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0, x) if PairsBFloat16.multiplies(choose(isa)) else x
+    assert torch.allclose(int8_linear(x, *one, None, isa), kept, rtol=0, atol=0, equal_nan=True)
+    odd = torch.tensor([[0x7F800001], [-0x7FFFFF]], dtype=torch.int32).view(torch.float32)
+    assert int8_linear(odd, *one, torch.bfloat16, isa).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -418,7 +432,7 @@ llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 module = ir.Module()
 address, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
-arguments = [address, integer, address, integer, integer, address, address]
+arguments = [address, integer, address, integer, integer, address, integer, address]
 function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "tile")
 builder = ir.IRBuilder(function.append_basic_block())
 emit(builder, Int8(INSTRUCTION_SETS["neon_dot"]), 6, 4, *function.args)

@@ -48,6 +48,7 @@ MODELS = {
     "a layer, int8 rows": lambda: rz.swap(
         nn.Sequential(nn.Linear(24, 40)).requires_grad_(False), rz.Int8(activations="dynamic")
     ),
+    "a layer, bfloat16": lambda: rz.swap(nn.Sequential(nn.Linear(24, 40)).bfloat16().requires_grad_(False), rz.Int8()),
     "blocks": lambda: rz.swap(pruned("block", 0.9), rz.Int8()),
     "rows": lambda: rz.swap(pruned("unstructured", 0.99), rz.Int8()),
 }
@@ -57,11 +58,26 @@ def width(name):
     return 256 if name in ("blocks", "rows") else 24
 
 
+def rows(name, *shape):
+    return torch.randn(*shape, width(name), dtype=torch.bfloat16 if "bfloat16" in name else torch.float32)
+
+
+def test_a_layer_settles_rows_of_its_type():
+    fast = MODELS["a layer, bfloat16"]()
+    (layer,), x = fast, rows("a layer, bfloat16", 4)
+    fast(x)
+    (call,) = layer.settled.values()
+    assert torch.equal(call(x), fast(x))
+    assert call(x.float()) is None, "fp32 is not read as bfloat16"
+    assert fast(x.float()).dtype == torch.float32
+    torch.testing.assert_close(fast(x.float()), fast(x).float(), rtol=2**-8, atol=2**-8)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_settled_calls_give_what_the_first_gave(name, form):
     fast = MODELS[name]()
     for shape in ((1,), (5,), (2, 3), (60,), ()):
-        x = torch.randn(*shape, width(name))
+        x = rows(name, *shape)
         first = fast(x)
         for given in (x, x.clone(), x.clone().requires_grad_()[...].detach()):
             again = fast(given)
@@ -75,13 +91,13 @@ def test_settled_calls_give_what_the_first_gave(name, form):
 @pytest.mark.parametrize("name", MODELS)
 def test_other_inputs_are_not_taken_for_those(name, form):
     fast, k = MODELS[name](), width(name)
-    x = torch.randn(4, k)
+    x = rows(name, 4)
     y = fast(x)
     assert torch.equal(fast(x), y)
     assert torch.equal(fast(x.t().contiguous().t()), y)
     assert torch.allclose(fast(torch.nn.Parameter(x, requires_grad=False)), y, atol=1e-6)
     if name != "dense":
-        assert torch.allclose(fast(x.bfloat16()).float(), y, rtol=0.1, atol=0.1)
+        assert torch.allclose(fast(x.bfloat16()).float(), y.float(), rtol=0.1, atol=0.1)
     assert torch.equal(fast(x[:3]), fast(x[:3].clone()))
     assert torch.equal(fast(x.expand(2, 4, k))[1], fast(x.expand(2, 4, k).clone())[1])
     with pytest.raises((ValueError, RuntimeError, TypeError)):

@@ -71,7 +71,7 @@ class CompressedLinear(nn.Module):
             if y is not None:
                 return y
         y = self.compute(input, activation)
-        fits = input.is_cuda or (input.is_cpu and input.dtype == torch.float32)
+        fits = input.is_cuda or (input.is_cpu and input.dtype in (torch.float32, torch.bfloat16))
         if fits and not is_compiling() and nobody_listens(input):
             # on a GPU what has refused these rows refuses for good; on a CPU it may have seen a weight written
             call = self.settle(input, activation) if call is None or input.is_cpu else None

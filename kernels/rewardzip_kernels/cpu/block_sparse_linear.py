@@ -192,16 +192,15 @@ def settled(
     """
     n, m = out_features, x.shape[:-1].numel()
     dense = all(t is None or t.is_contiguous() for t in (scale, bias))
-    if values.is_inference() or not dense or x.shape[-1] != in_features:
+    if values.is_inference() or not dense or x.dtype != torch.float32 or x.shape[-1] != in_features:
         return None
     layer = Layer((values, columns, starts, n, in_features, scale, bias), activation, dynamic, None)
     run = layer.run
     if run is None or not 0 < m < layer.parallel_rows:
         return None
     weights, fixed = (values, columns, starts), (*layer.fixed, in_features)
-    return settled_rows(
-        run, fixed, (0, layer.packed.count), x.shape, (*x.shape[:-1], n), layer.size, weights, layer.held
-    )
+    out, held = (*x.shape[:-1], n), layer.held
+    return settled_rows(run, fixed, (0, layer.packed.count), x, out, layer.size, weights, held)
 
 
 block_sparse_linear.settled = settled  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 them exactly, where the processor multiplies it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..int8_linear import int8_linear_reference
 from .instruction_sets import choose
 from .linear import linear, settled
 from .packing import Packed, PackedFloats, packed, packed_floats
-from .tile import Float, PairsBFloat16
+from .tile import Float, PairsBFloat16, RowsBFloat16
 
 
 def int8_linear(
@@ -23,21 +24,27 @@ def int8_linear(
     compute_dtype: torch.dtype | None = None,
     isa: str | None = None,
 ) -> Tensor:
+    kind: type[Float] = Float
     compute = compute_dtype or x.dtype
-    pairs = compute == torch.bfloat16 and PairsBFloat16.multiplies(choose(isa))
-
-    def pack() -> Packed | PackedFloats:
-        return packed_floats((weight,), compute) if pairs else packed((weight,))
-
-    rows = x.to(compute).float()
-    y = linear(PairsBFloat16 if pairs else Float, rows, pack, scale, bias, activation, None, isa)
+    if compute == torch.bfloat16 and PairsBFloat16.multiplies(choose(isa)):
+        narrow = x.dtype == torch.bfloat16
+        kind, rows = (RowsBFloat16, x) if narrow else (PairsBFloat16, x.float())
+    else:
+        rows = x.to(compute).float()
+    y = linear(kind, rows, lambda: _packed(kind, weight), scale, bias, activation, None, isa)
     if y is None:
         return int8_linear_reference(x, weight, scale, bias, activation, compute_dtype)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def _packed(kind: type[Float], weight: Tensor) -> Packed | PackedFloats:
+    return packed((weight,)) if kind is Float else packed_floats((weight,), torch.bfloat16)
 
 
 def _settled(weight: Tensor, *rest: Any) -> Callable[[Tensor], Tensor | None] | None:
-    return settled(Float, lambda weight: packed((weight,)), (weight,), *rest)
+    narrow = rest[-1].dtype == torch.bfloat16 and PairsBFloat16.multiplies(choose())
+    kind = RowsBFloat16 if narrow else Float
+    return settled(kind, partial(_packed, kind), (weight,), *rest)
 
 
 int8_linear.settled = _settled  # type: ignore[attr-defined]

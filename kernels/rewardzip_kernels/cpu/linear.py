@@ -32,7 +32,8 @@ MOST_ROWS, ROWS_BYTES = 384, 3 << 19
 def build(kind: Int8 | Float, activation: str):
     """The kernel's Python and its argument letters."""
     take, compute, item, inputs = take_rows(kind), sweep(kind, (activation,)), kind.item, kind.inputs
-    sums_memory = stack(types.int32, kind.rows * PANEL)
+    rows_bytes = kind.rows_bytes
+    sums_memory = stack(types.int32, MOST_ROWS * PANEL)
 
     def linear(
         layer, scale, bias, static, parameter, stride, block, scratch, x, m, y, first_panel, last_panel
@@ -42,8 +43,8 @@ def build(kind: Int8 | Float, activation: str):
         taken, sums = scratch + block * 4, sums_memory()
         for begin in range(0, m, block):
             rows = min(block, m - begin)
-            take(x + begin * stride * 4, stride, rows, k, static, taken, row_bytes, scratch)
-            y_at = y + begin * n * 4
+            take(x + begin * stride * rows_bytes, stride, rows, k, static, taken, row_bytes, scratch)
+            y_at = y + begin * n * rows_bytes
             compute(
                 layer, scale, bias, 0, parameter, rows, taken, row_bytes, scratch, y_at, n, first_panel, last_panel,
                 sums,
@@ -76,7 +77,7 @@ def linear(
     x_scale: Tensor | None,
     isa: str | None,
 ) -> Tensor | None:
-    """x [..., K] fp32 -> y [..., N] fp32, by a kind of tile; None where the kernel cannot be compiled.
+    """x [..., K] -> y [..., N], by a kind of tile, both in its type of rows; None where the kernel cannot be compiled.
 
     ``weights`` gives them packed as the kind reads them, once it is known that they will be needed.
     """
@@ -104,7 +105,7 @@ def linear(
         return y
 
     def some_rows(start: int, stop: int) -> None:
-        rows_at = x_at + start * stride * 4, stop - start, y_at + start * n * 4
+        rows_at = x_at + start * stride * kind.rows_bytes, stop - start, y_at + start * n * kind.rows_bytes
         run(*fixed, threads.scratch(size), *rows_at, 0, panels)
 
     def some_panels(start: int, stop: int) -> None:
@@ -129,15 +130,16 @@ def settled(
 ) -> Callable[[Tensor], Tensor | None] | None:
     """``linear`` for inputs of x's shape, all else looked up already; None where that is not the work of one thread.
 
-    It gives None for inputs that are not fp32 and contiguous on a CPU, and once one of the ``weights``, which ``pack``
-    makes a layer of, has been written to. The other tensors are read where they lie.
+    It gives None for inputs that are not of its type and contiguous on a CPU, and once one of the ``weights``, which
+    ``pack`` makes a layer of, has been written to. The other tensors are read where they lie.
     """
     run, parameter = prepare(kind, activation, None)
     dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
     if run is None or any(weight.is_inference() for weight in weights) or not dense:
         return None
     layer, m = pack(*weights), x.shape[:-1].numel()
-    if x.shape[-1] != layer.k or m == 0 or m * layer.n * layer.k >= 2 * kind.parallel_work:
+    fits = x.dtype.itemsize == kind.rows_bytes and x.shape[-1] == layer.k and m > 0
+    if not fits or m * layer.n * layer.k >= 2 * kind.parallel_work:
         return None
     scale = layer.ones if scale is None else scale
     row_bytes = layer.padded_k * kind.item
@@ -145,4 +147,4 @@ def settled(
     at = layer.address, scale.data_ptr(), 0 if bias is None else bias.data_ptr()
     fixed = *at, 0 if x_scale is None else x_scale.data_ptr(), parameter, layer.k, block
     size, held = block * (row_bytes + 4), (layer, scale, bias, x_scale)
-    return settled_rows(run, fixed, (0, layer.count), x.shape, (*x.shape[:-1], layer.n), size, weights, held)
+    return settled_rows(run, fixed, (0, layer.count), x, (*x.shape[:-1], layer.n), size, weights, held)

@@ -91,7 +91,7 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
     """
     take, compute, item, activate = take_rows(kind), sweep(kind, hidden, 16), kind.item, ACTIVATIONS[last]
     finish = finishing(f32, hidden)
-    sums_memory = stack(types.int32, kind.rows * PANEL)
+    sums_memory = stack(types.int32, BLOCK * PANEL)
     own_memory = stack(types.int8, OWN_SCRATCH)
     header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
 

@@ -89,7 +89,7 @@ def build(kind: Int8 | Float, back_kind: Float, hidden: tuple[str, ...], last: s
     take, compute, item = take_rows(kind), sweep(kind, hidden, 16), kind.item
     take_back, compute_back = take_rows(back_kind), sweep(back_kind, ("none",), 16)
     activate, slope, pull = ACTIVATIONS[last], SLOPES[last], pulling(hidden)
-    sums_memory = stack(types.int32, max(kind.rows, back_kind.rows) * PANEL)
+    sums_memory = stack(types.int32, BLOCK * PANEL)
     header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
 
     def gradient(net, back, scratch, inputs, first, last_row, y, gradient):

@@ -6,7 +6,7 @@ are looked for by name. Where anything is missing or elsewhere than expected the
 in Python does the same.
 
     settled(...)  a function of the inputs, and of an address to work at where the kernel needs one: the output, or None
-                  where an input is not dense fp32 of these sizes on a CPU, or a watched tensor was written to
+                  where an input is not dense, of this type and sizes, on a CPU, or a watched tensor was written to
     changed(...)  a function that says whether tables hold other tensors, or tensors were written to or given other data
 """
 
@@ -32,9 +32,9 @@ from .pointers import bits_of, i64, load, stack, store
 WORDS = 64
 HEADER = (
     "none", "tensor_type", "tensor_at", "run", "inputs", "words", "y_dim", "y_at", "scratch_at", "table_at",
-    "table_from", "watched", "version",
+    "table_from", "watched", "version", "dtype",
 )  # fmt: skip
-FLOAT32, CPU, STRIDED = 6, 0, 0
+DTYPES, CPU, STRIDED = {torch.float32: 6, torch.bfloat16: 15}, 0, 0
 
 _sizes = types.ExternalFunction("aoti_torch_get_sizes", types.int32(types.int64, types.int64))
 _dim = types.ExternalFunction("aoti_torch_get_dim", types.int32(types.int64, types.int64))
@@ -79,9 +79,9 @@ def _build_settled():
             load(i64(block), 0), load(i64(block), 1), load(i64(block), 2), load(i64(block), 3), load(i64(block), 4),
             load(i64(block), 5), load(i64(block), 6),
         )  # fmt: skip
-        y_at, scratch_at, table_at, table_from, watched, version = (
+        y_at, scratch_at, table_at, table_from, watched, version, dtype = (
             load(i64(block), 7), load(i64(block), 8), load(i64(block), 9), load(i64(block), 10), load(i64(block), 11),
-            load(i64(block), 12),
+            load(i64(block), 12), load(i64(block), 13),
         )  # fmt: skip
         words, small = _words_memory(), _small_memory()
         at = block + header * 8
@@ -107,7 +107,7 @@ def _build_settled():
                 store(i64(small), 2, 0)
                 store(i64(small), 3, 0)
                 failed = _dim(x, small) + _dtype(x, small + 8) + _device(x, small + 16) + _layout(x, small + 24)
-                kind = load(i64(small), 1) == FLOAT32 and load(i64(small), 2) == CPU and load(i64(small), 3) == STRIDED
+                kind = load(i64(small), 1) == dtype and load(i64(small), 2) == CPU and load(i64(small), 3) == STRIDED
                 fits = failed == 0 and kind and load(i64(small), 0) == dim
             if fits:
                 store(i64(small), 2, 0)
@@ -119,7 +119,7 @@ def _build_settled():
                 store(i64(words), place, load(i64(small), 1))
             at += (2 + dim) * 8
         if fits:
-            fits = _empty(y_dim, at, at + y_dim * 8, FLOAT32, CPU, -1, small) == 0
+            fits = _empty(y_dim, at, at + y_dim * 8, dtype, CPU, -1, small) == 0
         if fits:
             y = load(i64(small), 0)
             _data(y, words + y_at * 8)
@@ -172,6 +172,7 @@ def settled(
     scratch_at: int = -1,
     table: tuple[int, int] = (-1, 0),
     watched: Sequence[Tensor] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[..., Tensor | None] | None:
     """``run`` called with these words, once the addresses of the inputs, of the output and of scratch stand in them.
 
@@ -188,7 +189,7 @@ def settled(
     for i in reversed(range(dim - 1)):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
     block = [id(None), id(Tensor), at, packed(code), len(inputs), len(words), dim, y_at, scratch_at, *table]
-    block += len(watched), sum([t._version for t in watched]), *[id(t) + at for t in watched], *bits
+    block += len(watched), sum([t._version for t in watched]), DTYPES[dtype], *[id(t) + at for t in watched], *bits
     for size, place in inputs:
         block += len(size), place, *size
     call: Callable[..., Tensor | None] = make(_bytes([*block, *shape, *strides]))
@@ -199,24 +200,24 @@ def settled_rows(
     run: Any,
     before: Sequence[int | float],
     after: Sequence[int],
-    x: torch.Size,
+    x: Tensor,
     out: Sequence[int],
     size: int,
     watched: Sequence[Tensor],
     held: Any,
 ) -> Callable[[Tensor], Tensor | None]:
-    """``settled`` for one layer: ``run(*before, scratch, x, rows, y, *after)``, with ``size`` bytes of scratch.
+    """``settled`` for one layer and rows like x: ``run(*before, scratch, x, rows, y, *after)``, with ``size`` bytes.
 
     ``held`` is kept alive with the call, which sees what is written there.
     """
-    m, at, version = x[:-1].numel(), len(before), sum([t._version for t in watched])
-    words, inputs = [*before, 0, 0, m, 0, *after], [(x, at + 1)]
-    quick = settled(run, words, inputs, out, y_at=at + 3, scratch_at=at, watched=watched)
+    m, at, version = x.shape[:-1].numel(), len(before), sum([t._version for t in watched])
+    words, inputs, dtype = [*before, 0, 0, m, 0, *after], [(x.shape, at + 1)], x.dtype
+    quick = settled(run, words, inputs, out, y_at=at + 3, scratch_at=at, watched=watched, dtype=dtype)
     if quick is not None:
         return _with_scratch(quick, size, (watched, held))
 
     def call(x: Tensor, held: Any = held) -> Tensor | None:
-        if x.dtype is not torch.float32 or not x.is_cpu or not x.is_contiguous():
+        if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
             return None
         if sum([t._version for t in watched]) != version:
             return None

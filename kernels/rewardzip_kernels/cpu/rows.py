@@ -1,11 +1,11 @@
-"""How a kernel takes in rows: quantised to bytes, or as fp32, rounded or not. All pad a row to a multiple of 4."""
+"""How a kernel takes in rows: as bytes, as fp32, rounded or not, or as bf16. All pad a row to a multiple of 4."""
 
 from numpy import float32, int32, rint, uint8, uint16
 
 from ..quantize import QMAX, TINY
 from .activations import INFINITY, inlined
 from .pointers import as_bits, f32, from_bits, load, magnitude, store, u8, u16
-from .tile import Int8, PairsBFloat16
+from .tile import Int8, PairsBFloat16, RowsBFloat16
 
 LIMIT, SMALLEST, NAN = float32(QMAX), float32(TINY), float32("nan")
 INFINITE, SMALLEST_FLOAT16 = int32(0x7F800000), int32(0x38800000)
@@ -84,32 +84,46 @@ def copy(rounded):
 
 
 @inlined
+def upper_half(x):
+    """The bits of an fp32 rounded to bf16; of a NaN that only its lower half tells from inf, those of another."""
+    value = to_bfloat16(x)
+    return uint16(as_bits(value if value == value else NAN) >> int32(16) & int32(0xFFFF))
+
+
+@inlined
 def halve(x_address, k, padded, _, copy_address):
-    """To bf16: the upper half of what is rounded so."""
     x, y = f32(x_address), u16(copy_address)
     for i in range(k):
-        value = to_bfloat16(load(x, i))
-        # of a NaN the upper half may be inf
-        store(y, i, uint16(as_bits(value if value == value else NAN) >> int32(16) & int32(0xFFFF)))
+        store(y, i, upper_half(load(x, i)))
+    for i in range(k, padded):
+        store(y, i, uint16(0))
+    return float32(1)
+
+
+@inlined
+def copy_halves(x_address, k, padded, _, copy_address):
+    x, y = u16(x_address), u16(copy_address)
+    for i in range(k):
+        store(y, i, load(x, i))
     for i in range(k, padded):
         store(y, i, uint16(0))
     return float32(1)
 
 
 def take_rows(kind):
-    """Rows of fp32, ``stride`` apart, to what the tile of this kind reads, with a scale for each row."""
+    """Rows where they lie, ``stride`` values apart, to what the tile of this kind reads, with a scale for each row."""
     if isinstance(kind, Int8):
         fill = quantize(kind.isa.zero_point)
     elif isinstance(kind, PairsBFloat16):
-        fill = halve
+        fill = copy_halves if isinstance(kind, RowsBFloat16) else halve
     else:
         fill = copy(ROUNDINGS[kind.rows_dtype])
-    item = kind.item
+    item, size = kind.item, kind.rows_bytes
 
     @inlined
     def take(x, stride, rows, k, static, taken, row_bytes, scales):
         for r in range(rows):
-            scale = fill(x + r * stride * 4, k, row_bytes // item, static, taken + r * row_bytes)
+            scale = fill(x + r * stride * size, k, row_bytes // item, static, taken + r * row_bytes)
             store(f32(scales), r, scale)
 
     return take

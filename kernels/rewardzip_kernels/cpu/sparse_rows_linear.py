@@ -155,7 +155,8 @@ def _settled(
     weights = values, columns, starts
     run, parameter, lanes = prepare(values.dtype == torch.int8, columns.element_size(), activation, None)
     dense = all(vector is None or vector.is_contiguous() for vector in (scale, bias))
-    if run is None or any(weight.is_inference() for weight in weights) or not dense or x.shape[-1] != in_features:
+    fits = dense and x.dtype == torch.float32 and x.shape[-1] == in_features
+    if run is None or not fits or any(weight.is_inference() for weight in weights):
         return None
     stored = _kept(weights, in_features)
     m, n, out = x.shape[:-1].numel(), stored.n, (*x.shape[:-1], stored.n)
@@ -164,7 +165,7 @@ def _settled(
     scale, bias = stored.ones if scale is None else scale, stored.zeros if bias is None else bias
     fixed = *stored.addresses, scale.data_ptr(), bias.data_ptr(), parameter, in_features, n, in_features
     size = 4 * in_features * (1 if m == 1 else lanes if m <= lanes else 2 * lanes)
-    return settled_rows(run, fixed, (0, n), x.shape, out, size, weights, (stored, scale, bias))
+    return settled_rows(run, fixed, (0, n), x, out, size, weights, (stored, scale, bias))
 
 
 sparse_rows_linear.settled = _settled  # type: ignore[attr-defined]

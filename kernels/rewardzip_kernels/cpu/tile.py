@@ -2,7 +2,7 @@
 
     x     [rows, 4 * steps] u8 (or fp32, bf16), rows ``stride`` bytes apart
     w     [steps, 64, 4] int8: one panel of packed weights; in floats as ``packing.py`` lays them
-    start [64] int32 (or fp32): where the sums begin
+    start [64] int32 (or fp32): where the sums begin; or as much for each row, ``apart`` bytes from the last one's
     sums  [rows, 64] int32 (or fp32)
 
 Each step broadcasts four inputs of a row and multiplies them with ``vectors`` vectors of outputs; weights are read once
@@ -37,6 +37,7 @@ class Dense:
     """A step of the loop over K: four inputs, and the four weights of each output in a 32-bit lane."""
 
     inputs, step_bytes = 4, 4 * PANEL
+    rows_bytes = 4  # of a value of the rows and the outputs where they lie: fp32
 
     def step(self, builder, acc, x_rows, x_at, w, outputs):
         """acc [rows][vectors] after one step; ``w`` is where its weights begin, a vector's first output in outputs."""
@@ -176,7 +177,13 @@ class PairsBFloat16(Float):
         return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, acc, x, w)
 
 
-def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums):
+class RowsBFloat16(PairsBFloat16):
+    """Of rows that are bf16, to outputs in bf16."""
+
+    rows_bytes = 2
+
+
+def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, apart, sums):
     """The tile's instructions; every pointer is an i8*, every other argument an i64."""
     isa = kind.isa
     element = ir.VectorType(kind.element, isa.lanes)
@@ -184,7 +191,8 @@ def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums
     with passes(builder, isa, vectors, columns) as column:
         outputs = [builder.add(column, I64(v * isa.lanes)) for v in range(vectors)]
         columns_at = [builder.mul(output, I64(4)) for output in outputs]
-        first = [read(builder, start, at, element) for at in columns_at]
+        starts = [builder.gep(start, [builder.mul(apart, I64(r))]) for r in range(rows)]
+        first = [[read(builder, row, at, element) for at in columns_at] for row in starts]
         before, loop, after = (
             builder.block,
             builder.append_basic_block("tile.step"),
@@ -195,8 +203,8 @@ def emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums
         step = builder.phi(I64)
         step.add_incoming(I64(0), before)
         acc = [[builder.phi(element) for _ in columns_at] for _ in range(rows)]
-        for row in acc:
-            for phi, value in zip(row, first, strict=True):
+        for row, values in zip(acc, first, strict=True):
+            for phi, value in zip(row, values, strict=True):
                 phi.add_incoming(value, before)
         w_step = builder.gep(w, [builder.mul(step, I64(kind.step_bytes))])
         x_at = builder.mul(step, I64(kind.inputs * kind.item))
@@ -226,20 +234,20 @@ def passes(builder, isa, vectors, columns):
 
 
 def tile(kind, rows, vectors):
-    """The tile as a function for kernels: (x, stride, w, steps, columns, start, sums), addresses and integers.
+    """The tile as a function for kernels: (x, stride, w, steps, columns, start, apart, sums), addresses and integers.
 
     It covers the first ``columns`` of the 64, rounded up to whole passes of ``vectors``: with fewer vectors than the
     instruction set's, one pass.
     """
 
     @intrinsic
-    def run(typing_context, x, stride, w, steps, columns, start, sums):
+    def run(typing_context, x, stride, w, steps, columns, start, apart, sums):
         def lower(context, builder, signature, args):
-            x, stride, w, steps, columns, start, sums = args
+            x, stride, w, steps, columns, start, apart, sums = args
             x, w, start, sums = (builder.inttoptr(a, I8.as_pointer()) for a in (x, w, start, sums))
-            emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, sums)
+            emit(builder, kind, rows, vectors, x, stride, w, steps, columns, start, apart, sums)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), lower
+        return types.void(*[types.int64] * 8), lower
 
     return run
