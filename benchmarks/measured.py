@@ -6,10 +6,13 @@ import subprocess
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from static_evidence import roofline
+from torch import Tensor, nn
+
+from rewardzip.nn.base import CompressedLinear
 
 
 def machine() -> dict[str, str]:
@@ -37,17 +40,61 @@ def rows_dtype(provider: str) -> torch.dtype:
     return torch.float32
 
 
+class Weights(NamedTuple):
+    """How many are multiplied, and the bytes they are stored in, indices included."""
+
+    multiplied: int
+    stored: int
+
+
+# the buffer of a compressed layer that holds what is multiplied
+VALUES = ("int8_weight", "block_values", "packed_values")
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Those of its linear layers, dense ones and compressed ones."""
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            found.append(Weights(layer.weight.numel(), layer.weight.nbytes))
+        elif isinstance(layer, CompressedLinear):
+            (values,) = (tensor for name, tensor in layer.named_buffers() if name in VALUES)
+            found.append(Weights(values.numel(), layer.weight_bytes()))
+    return Weights(*map(sum, zip(*found, strict=True)))
+
+
+def csr_weights(weight: Tensor) -> Weights:
+    parts = weight.values(), weight.col_indices(), weight.crow_indices()
+    return Weights(len(parts[0]), sum(part.nbytes for part in parts))
+
+
+def halved_weights(weight: Tensor) -> Weights:
+    """torch's 2:4 form of a dense 16-bit weight: a half of the values, 2 bits each to say where they stand."""
+    kept = weight.numel() // 2
+    return Weights(kept, 2 * kept + kept // 4)
+
+
 def work(
-    provider: str, rows: int, values: int, weights: int, seconds: float, device: str, *, products: str = "16 bit"
+    provider: str,
+    rows: int,
+    values: int,
+    weights: int | Weights,
+    seconds: float,
+    device: str,
+    *,
+    products: str = "16 bit",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The least a provider could do in its time: read and write a row's ``values`` and the weights once, multiply.
 
-    ``products``: what this package's int8 weights are multiplied in where the rows are fp32. The share of the roofline
-    is None for a device whose peaks are not known.
+    ``products``: what this package's int8 weights are multiplied in where the rows are fp32. ``dtype``: the type of the
+    rows, where the name does not tell. The share of the roofline is None for a device whose peaks are not known.
     """
-    dtype = rows_dtype(provider)
-    byte = 1 if "int8" in provider or "torch.ao" in provider else dtype.itemsize
-    moved, operations = rows * values * dtype.itemsize + byte * weights, 2 * rows * weights
+    dtype = dtype or rows_dtype(provider)
+    if isinstance(weights, int):
+        byte = 1 if "int8" in provider or "torch.ao" in provider else dtype.itemsize
+        weights = Weights(weights, byte * weights)
+    moved, operations = rows * values * dtype.itemsize + weights.stored, 2 * rows * weights.multiplied
     kind = "int8" if "int8 x int8" in provider else "16 bit" if dtype.itemsize == 2 or "AMP" in provider else "tf32"
     if kind == "tf32" and "rewardzip int8" in provider:
         kind = products

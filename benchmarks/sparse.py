@@ -5,19 +5,20 @@
 
 Square layers, pruned in blocks of each shape by the blocks' norms. Prints microseconds (median of rivals in turn), the
 ratio to eager fp32 of the dense layer, and where blocks begin to be faster than this package's dense int8; writes one
-JSON object a cell. A provider whose result is wrong gets no time. --models instead times reward models whose middle
-layer is pruned: the whole MLP in one launch, dense, against three layers of which that one is in blocks.
+JSON object a cell, which counts as read and multiplied what a form stores. A provider whose result is wrong gets no
+time. --models instead times reward models whose middle layer is pruned: the whole MLP in one launch, dense, against
+three layers of which that one is in blocks.
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from linear import TOLERANCE, machine
+from linear import TOLERANCE
+from measured import Weights, csr_weights, halved_weights, in_words, machine, rows_dtype, weights_of, work, write
 from providers import providers
 from torch import Tensor, nn
 
@@ -39,7 +40,14 @@ CPU_WORK = 1e10
 # and those of torch's CSR, whose calls take seconds there
 CSR_WORK = 2e9
 
-Call = Callable[[], Tensor]
+
+@dataclass(frozen=True)
+class Way:
+    """How to run the layer, the type of the rows it is given, and the weights it multiplies."""
+
+    call: Callable[[], Tensor]
+    dtype: torch.dtype
+    weights: Weights | int
 
 
 def pruned(size: int, block: tuple[int, int], sparsity: float, device: str) -> nn.Linear:
@@ -55,28 +63,30 @@ def pruned(size: int, block: tuple[int, int], sparsity: float, device: str) -> n
     return layer
 
 
-def csr(layer: nn.Linear, x: Tensor) -> Call:
+def csr(layer: nn.Linear, x: Tensor) -> Way:
     weight, columns = layer.weight.to_sparse_csr(), x.t().contiguous()
-    return lambda: torch.relu((weight @ columns).t() + layer.bias)
+    return Way(lambda: torch.relu((weight @ columns).t() + layer.bias), x.dtype, csr_weights(weight))
 
 
-def semi_structured(layer: nn.Linear, x: Tensor) -> Call:
+def semi_structured(layer: nn.Linear, x: Tensor) -> Way:
     """fp16, two of every four inputs zeroed: torch's kernel skips no more. Another function, timed all the same."""
     weight = layer.weight.half().clone()
     weight.view(weight.shape[0], -1, 4)[:, :, 2:] = 0
     sparse, rows, bias = torch.sparse.to_sparse_semi_structured(weight), x.half(), layer.bias.half()
-    return lambda: torch.relu(nn.functional.linear(rows, sparse, bias))
+    call = partial(nn.functional.linear, rows, sparse, bias)
+    return Way(lambda: torch.relu(call()), rows.dtype, halved_weights(weight))
 
 
-def blocks(layer: nn.Linear, x: Tensor, block: tuple[int, int], values: str, rows: str) -> Call:
+def blocks(layer: nn.Linear, x: Tensor, block: tuple[int, int], values: str, rows: str) -> Way:
     packed = BlockSparseLinear.from_linear(layer, block, values, rows)
-    return lambda: packed(x, "relu")
+    return Way(lambda: packed(x, "relu"), x.dtype, weights_of(packed))
 
 
-def calls_for(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict[str, Call], list[str]]:
+def ways(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict[str, Way], list[str]]:
     """(what can be timed, what gave a wrong result)."""
     exact = torch.relu(x.double() @ layer.weight.double().t() + layer.bias.double())
-    made = {name: call for name, call in providers(layer, x, compile=False).items() if name in DENSE}
+    dense = {name: call for name, call in providers(layer, x, compile=False).items() if name in DENSE}
+    made = {name: Way(call, rows_dtype(name), layer.weight.numel()) for name, call in dense.items()}
     if x.is_cuda or x.shape[0] * layer.weight.numel() < CSR_WORK:
         made["torch CSR"] = csr(layer, x)
     made["rewardzip blocks, int8"] = blocks(layer, x, block, "int8", "float")
@@ -87,10 +97,10 @@ def calls_for(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict
         made["rewardzip blocks, int8, fp16 rows"] = blocks(layer, x.half(), block, "int8", "float")
         made["rewardzip blocks, int8 x int8, fp16 rows"] = blocks(layer, x.half(), block, "int8", "dynamic")
     good, wrong = {}, []
-    for name, call in made.items():
-        error = (call().double() - exact).norm() / exact.norm()
+    for name, way in made.items():
+        error = (way.call().double() - exact).norm() / exact.norm()
         if error <= TOLERANCE:
-            good[name] = call
+            good[name] = way
         else:
             wrong.append(name)
     if x.is_cuda:
@@ -125,25 +135,21 @@ def models(options: argparse.Namespace, told: dict[str, str]) -> list[dict[str, 
         for sparsity in options.sparsity:
             model = rz.RewardMLP(17, 6, (256, 256)).eval().requires_grad_(False)
             model.net[2].weight.copy_(pruned(256, (16, 4), sparsity, "cpu").weight)
-            calls: dict[str, Callable[[], object]] = {"fp32": partial(model, *inputs)}
+            forms_of = {"fp32": model}
             for kind, config in (("int8", rz.Int8()), ("int8 x int8", rz.Int8(activations="dynamic"))):
-                calls[f"one launch, {kind}"] = partial(swapped(model, config, ()), *inputs)
-                apart = layer_by_layer(swapped(model, config, (blocks_alone,)))
-                calls[f"blocks alone, {kind}"] = partial(apart, *inputs)
-                calls[f"swapped, {kind}"] = partial(swapped(model, config, forms.FORMS), *inputs)
+                forms_of[f"one launch, {kind}"] = swapped(model, config, ())
+                forms_of[f"blocks alone, {kind}"] = layer_by_layer(swapped(model, config, (blocks_alone,)))
+                forms_of[f"swapped, {kind}"] = swapped(model, config, forms.FORMS)
             with torch.no_grad():
+                calls = {name: partial(form, *inputs) for name, form in forms_of.items()}
                 taken = interleaved(calls, "cpu", options.seconds)
             print(f"\n23-256-256-1, {rows} rows, {100 * sparsity:g} % of the middle layer in blocks of 16x4")
             for name, t in taken.items():
-                print(f"  {name:30} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:7.2f}x")
+                done = work(name, rows, 24, weights_of(forms_of[name]), t.p50, told["device"], dtype=torch.float32)
+                print(f"  {name:30} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:7.2f}x  {in_words(done)}")
                 cell = {"op": "pruned model", "model": "23-256-256-1", "rows": rows, "sparsity": sparsity}
-                written.append(cell | {"provider": name} | asdict(t) | told)
+                written.append(cell | {"provider": name} | asdict(t) | done | told)
     return written
-
-
-def write(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -167,7 +173,7 @@ def main() -> None:
     if options.models:
         written = models(options, told)
         if options.out:
-            write(options.out, f"sparse-models-{options.threads}-threads.json", written)
+            write(options.out / f"sparse-models-{options.threads}-threads.json", written)
         return
     for size in options.sizes:
         for block in BLOCKS[device]:
@@ -177,15 +183,18 @@ def main() -> None:
                 wins = None
                 for sparsity in sorted(options.sparsity):
                     layer = pruned(size, block, sparsity, device)
-                    calls, wrong = calls_for(layer, torch.randn(rows, size, device=device), block)
+                    made, wrong = ways(layer, torch.randn(rows, size, device=device), block)
                     with torch.no_grad():
-                        taken = interleaved(calls, device, options.seconds)
+                        taken = interleaved({name: way.call for name, way in made.items()}, device, options.seconds)
                     shape = partial("{}x{}".format, *block)()
                     print(f"\n{size} x {size}, {rows} rows, {100 * sparsity:g} % in blocks of {shape}")
                     for name, t in taken.items():
-                        print(f"  {name:30} {t.p50 * 1e6:10.1f} us {taken['fp32'].p50 / t.p50:7.2f}x")
+                        way, ratio = made[name], taken["fp32"].p50 / t.p50
+                        done = work(name, rows, 2 * size, way.weights, t.p50, told["device"], dtype=way.dtype)
+                        print(f"  {name:30} {t.p50 * 1e6:10.1f} us {ratio:7.2f}x  {in_words(done)}")
                         cell = {"op": "block_sparse_linear", "size": size, "rows": rows, "block": shape}
-                        written.append(cell | {"sparsity": sparsity, "provider": name} | asdict(t) | told)
+                        cell |= {"sparsity": sparsity, "provider": name}
+                        written.append(cell | asdict(t) | done | told)
                     for name in wrong:
                         print(f"  {name:30} wrong result: not timed")
                     ours = [t.p50 for name, t in taken.items() if name.startswith("rewardzip blocks")]
@@ -193,7 +202,7 @@ def main() -> None:
                     wins = sparsity if wins is None and ours and min(ours) < min(rest) else wins
                     if options.out:  # whole after each cell
                         mine = [row for row in written if row["size"] == size]
-                        write(options.out, f"sparse-{size}-{options.threads}-threads.json", mine)
+                        write(options.out / f"sparse-{size}-{options.threads}-threads.json", mine)
                 print(f"  blocks beat dense int8 from {'nowhere' if wins is None else f'{100 * wins:g} %'}")
 
 

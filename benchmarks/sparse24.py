@@ -6,7 +6,8 @@
 2:4 pruning for the 2:4 forms, random pruning at 95, 98 and 99 % for the others; every result is checked against float64
 before it is timed. One thread is timed by its processor time, which other work on the machine hardly touches; a GPU by
 its events, the L2 cache overwritten before each call, and there this package's forms take fp16 rows. A line a cell:
-microseconds of dense fp32 (on a GPU fp16), and how many times faster each of the others is.
+microseconds of dense fp32 (on a GPU fp16), and how many times faster each of the others is. The JSON objects count as
+read and multiplied what a form stores.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from linear import machine
+from measured import Weights, csr_weights, halved_weights, machine, weights_of, work
 from torch import Tensor, nn
 
 from rewardzip.nn import Int8Linear, Sparse24Linear, SparseRowsLinear
@@ -41,8 +42,11 @@ def pruned(n: int, k: int, pattern: str, device: str) -> nn.Linear:
     return layer
 
 
-def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What the layer can be, each made once: rows in, ReLU out."""
+Form = tuple[Callable[[Tensor], Tensor], Weights | int]
+
+
+def forms(layer: nn.Linear, pattern: str) -> dict[str, Form]:
+    """What the layer can be, each made once: rows in, ReLU out, and its weights."""
 
     def eager(x: Tensor) -> Tensor:
         return torch.relu(F.linear(x, layer.weight, layer.bias))
@@ -55,7 +59,8 @@ def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor
         "int8": Int8Linear.from_linear(layer),
         "int8 x int8": Int8Linear.from_linear(layer, rows="dynamic"),
     }
-    found: dict[str, Callable[[Tensor], Tensor]] = {"fp32": eager, "AMP bf16": mixed}
+    count = layer.weight.numel()
+    found: dict[str, Form] = {"fp32": (eager, count), "AMP bf16": (mixed, count)}
     if pattern == "2:4":
         packed |= {
             "2:4 int8": Sparse24Linear.from_linear(layer),
@@ -71,15 +76,16 @@ def forms(layer: nn.Linear, pattern: str) -> dict[str, Callable[[Tensor], Tensor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its CSR a beta
             csr = layer.weight.to_sparse_csr()
-        found["torch CSR"] = lambda x: torch.relu((csr @ x.t()).t() + layer.bias)
+        found["torch CSR"] = (lambda x: torch.relu((csr @ x.t()).t() + layer.bias), csr_weights(csr))
     if layer.weight.is_cuda:
         weight, bias = layer.weight.half(), layer.bias.half()
-        found["fp16"] = lambda x: torch.relu(F.linear(x, weight, bias))
+        found["fp16"] = (lambda x: torch.relu(F.linear(x, weight, bias)), count)
         if pattern == "2:4":
             del packed["2:4 bf16"]
             sparse = torch.sparse.to_sparse_semi_structured(weight)
-            found["torch 2:4 fp16"] = lambda x: torch.relu(F.linear(x, sparse, bias))
-    return found | {name: lambda x, form=form: form(x, "relu") for name, form in packed.items()}
+            kept = halved_weights(weight)
+            found["torch 2:4 fp16"] = (lambda x: torch.relu(F.linear(x, sparse, bias)), kept)
+    return found | {name: (lambda x, form=form: form(x, "relu"), weights_of(form)) for name, form in packed.items()}
 
 
 def cells(
@@ -89,6 +95,7 @@ def cells(
     seconds: float,
     clock: Callable[[], float],
     device: str,
+    told: dict[str, str],
 ) -> Iterator[dict[str, object]]:
     for size in sizes:
         for pattern in patterns:
@@ -99,8 +106,8 @@ def cells(
                 x = torch.randn(m, size, device=device)
                 # of many rows the first are enough to tell
                 exact = F.relu(F.linear(x[:64].double(), exact_weight, exact_bias))
-                calls = {}
-                for name, form in known.items():
+                calls, types = {}, {}
+                for name, (form, _) in known.items():
                     rows = x if device == "cpu" or name in FLOAT32 else x.half()
                     try:
                         error = float((form(rows)[:64].double() - exact).norm() / exact.norm())
@@ -108,7 +115,7 @@ def cells(
                         print(f"{size} {pattern} {m} {name}: {failed}".splitlines()[0])
                         continue
                     if error <= TOLERANCE:
-                        calls[name] = lambda form=form, rows=rows: form(rows)
+                        calls[name], types[name] = (lambda form=form, rows=rows: form(rows)), rows.dtype
                     else:
                         print(f"{size} {pattern} {m} {name}: wrong result ({error:.1e}), not timed")
                 with torch.no_grad():
@@ -118,7 +125,9 @@ def cells(
                 ratios = "  ".join(f"{name} {base / t.p50:.2f}x" for name, t in taken.items() if name != against)
                 print(f"{size} {pattern:5} {m:5} rows  {base * 1e6:10.1f} us  {ratios}", flush=True)
                 for name, t in taken.items():
-                    yield {"op": "sparse", "size": size, "pattern": pattern, "rows": m, "provider": name, **asdict(t)}
+                    done = work(name, m, 2 * size, known[name][1], t.p50, told["device"], dtype=types[name])
+                    cell = {"op": "sparse", "size": size, "pattern": pattern, "rows": m, "provider": name}
+                    yield cell | asdict(t) | done | told
 
 
 def main() -> None:
@@ -140,10 +149,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told = machine()
     print("  ".join(f"{k}: {v}" for k, v in told.items()))
-    for cell in cells(sizes, rows, options.patterns, seconds, clock, device):
+    for cell in cells(sizes, rows, options.patterns, seconds, clock, device, told):
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**cell, **told}) + "\n")
+                file.write(json.dumps(cell) + "\n")
 
 
 if __name__ == "__main__":

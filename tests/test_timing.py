@@ -204,3 +204,70 @@ def test_a_rival_that_fails_at_its_first_call_does_not_end_the_table(benchmarks,
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {"fp32", "rewardzip int8"} <= {row["provider"] for row in rows}
     assert {"dtype", "bytes", "operations", "GB/s", "TFLOP/s", "roofline", "device", "commit"} <= set(rows[0])
+
+
+ROW = {"op", "rows", "dtype", "provider", "p10", "p50", "p90", "bytes", "operations", "GB/s", "TFLOP/s", "roofline"}
+ROW |= {"device", "torch", "commit", "date", "threads"}
+
+
+@pytest.fixture
+def quick(benchmarks, monkeypatch, tmp_path):
+    """The rows that a table writes in a moment; of those with certain words, the only one."""
+
+    def run(table, *options):
+        out = tmp_path / "rows.json" if table == "sparse24" else tmp_path
+        monkeypatch.setattr(sys, "argv", [table, "--quick", "--out", str(out), *options])
+        monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+        benchmarks(table).main()
+        (file,) = tmp_path.glob("*.json")
+        written = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in written:
+            assert set(row) >= ROW
+            assert row["GB/s"] == pytest.approx(row["bytes"] / row["p50"] / 1e9)
+
+        def counted(**words):
+            (row,) = (row for row in written if row["rows"] == 20 and words.items() <= row.items())
+            return row["bytes"], row["operations"]
+
+        return counted
+
+    return run
+
+
+DENSE, MOVED = 64 * 64, 4 * 20 * (64 + 64)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_blocks_count_what_they_store(quick):
+    counted, half = quick("sparse"), DENSE // 2
+    fp32 = MOVED + 4 * DENSE, 2 * 20 * DENSE
+    for block, stored in (("16x4", half + 4 * 32 + 4 * 5), ("64x64", DENSE + 4 + 4 * 2)):
+        assert counted(block=block, provider="fp32") == fp32
+        assert counted(block=block, provider="rewardzip int8") == (MOVED + DENSE, 2 * 20 * DENSE)
+        blocks = counted(block=block, provider="rewardzip blocks, int8 x int8")
+        assert blocks == (MOVED + stored, 2 * 20 * (half if block == "16x4" else DENSE))
+    assert counted(block="16x4", provider="torch CSR") == (MOVED + (4 + 8) * half + 8 * 65, 2 * 20 * half)
+
+
+def test_a_pruned_model_counts_the_form_of_each_layer(quick):
+    counted, moved, outer = quick("sparse", "--models"), 4 * 20 * (23 + 1), 256 * 23 + 256
+    fp32 = counted(provider="fp32")
+    assert fp32 == (moved + 4 * (outer + 256 * 256), 2 * 20 * (outer + 256 * 256))
+    alone, dense = counted(provider="blocks alone, int8"), counted(provider="one launch, int8")
+    assert dense[1] - alone[1] == 2 * 20 * 256 * 128
+    assert alone[0] < dense[0] < fp32[0]
+
+
+def test_2_of_4_and_compressed_rows_count_what_they_store(quick):
+    counted = quick("sparse24")
+    assert counted(pattern="2:4", provider="int8") == (MOVED + DENSE, 2 * 20 * DENSE)
+    assert counted(pattern="2:4", provider="2:4 int8") == (MOVED + DENSE * 5 // 8, 20 * DENSE)
+    assert counted(pattern="2:4", provider="2:4 fp16") == (MOVED + DENSE * 9 // 8, 20 * DENSE)
+    kept = counted(pattern="98 %", provider="rows int8")[1] // (2 * 20)
+    assert 0 < kept < DENSE // 20
+    assert counted(pattern="98 %", provider="rows int8")[0] == MOVED + 3 * kept + 4 * 65
+    assert counted(pattern="98 %", provider="torch CSR") == (MOVED + (4 + 8) * kept + 8 * 65, 2 * 20 * kept)
+
+
+def test_torchs_2_of_4_form_has_9_bits_a_weight(benchmarks):
+    assert benchmarks("measured").halved_weights(torch.zeros(64, 64)) == (DENSE // 2, DENSE * 9 // 8)
