@@ -7,7 +7,8 @@ registers anyway. A byte of indices belongs to two groups of 4 inputs that lie h
     indices [N, B]    ->  [BLOCK_N, BLOCK_B]                   x^T [4 BLOCK_B, BLOCK_M] to each
 
 Bytes are what it saves, 5 bits a weight for 8: that pays while rows are few. Many rows take the dense way: the weight
-expanded to [N, K] once a call, and the product of ``int8_linear.py``. From how many rows on, a measured table may say.
+expanded to [N, K] once a call, and the product of ``int8_linear.py``. From how many rows on, a measured table may say,
+and whether torch's own 2:4 product (``semi_structured.py``) takes its place.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from .. import activations
 from ..checks import dense_rows
 from ..sparse24_linear import products
-from . import tiles
+from . import semi_structured, tiles
 from .int8_linear import TL_DTYPE, _sum_splits_kernel, finish, weights_times_rows
 from .launch import aligned, launch
 from .quantize_rows import quantize_rows
@@ -174,7 +175,7 @@ def _expand_kernel(
 
 
 class Tile(NamedTuple):
-    block_m: int  # 0: the GEMV, -1: the dense way
+    block_m: int  # 0: the GEMV, -1: the dense way, -2: torch's product
     block_n: int
     block_b: int
     warps: int
@@ -183,6 +184,7 @@ class Tile(NamedTuple):
 
 
 DENSE = Tile(-1, 0, 0, 0, 0)
+TORCH = Tile(-2, 0, 0, 0, 0)
 
 
 def tile(m: int, n: int, k: int, x_bytes: int, value_bytes: int) -> Tile:
@@ -225,6 +227,7 @@ def candidates(m: int, n: int, k: int, x_bytes: int, value_bytes: int) -> list[T
     ]
     # fp16 and bf16 weights have no GEMV in the dense way
     found += [DENSE] if m > 64 else []
+    found += [TORCH] if m > 64 and semi_structured.takes(n, k, x_bytes, value_bytes) else []
     return list(dict.fromkeys(found))
 
 
@@ -241,14 +244,14 @@ class Plan(NamedTuple):
 @tiles.planned
 def plan(
     m: int, n: int, k: int, b: int, x_bytes: int, value_bytes: int, compute: torch.dtype, activation: str, device: int
-) -> Plan | None:
-    """None: the dense way."""
+) -> Plan | Tile:
+    """DENSE and TORCH, which have no kernel here, as they are."""
     bucket = tiles.linear_bucket("sparse24_linear", m, n, k, x_bytes, value_bytes)
     t = tiles.choose(
         bucket, device, tile(m, n, k, x_bytes, value_bytes), lambda: candidates(m, n, k, x_bytes, value_bytes)
     )
-    if t == DENSE:
-        return None
+    if t in (DENSE, TORCH):
+        return t
     entry, parameter = activations.parse(activation)
     # even: whole tiles, and a half of K ends with one
     constants: tuple[Any, ...] = (entry.name, parameter, TL_DTYPE[compute], k % (8 * t.block_b) == 0)
@@ -282,7 +285,12 @@ def sparse24_linear(
         rows = q
     values, indices = values.contiguous(), indices.contiguous()
     p = plan(m, n, k, b, rows.element_size(), values.element_size(), compute, activation, x.get_device())
-    if p is None:
+    if p == TORCH and scale is not None and compute == rows.dtype:
+        found = semi_structured.sums(rows, values, indices, scale)
+        if found is not None:
+            _finish(*found, bias, activation, y)
+            return y
+    if isinstance(p, Tile):
         weight = expand(values, indices, k)
         weights_times_rows(rows, weight, scale, bias, activation, row_scale, y, compute)
         return y
@@ -304,6 +312,17 @@ def sparse24_linear(
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return y
+
+
+def _finish(sums: Tensor, scale: Tensor, bias: Tensor | None, activation: str, y: Tensor) -> None:
+    """y = act(scale * sums + bias)."""
+    (m, n), (entry, parameter) = sums.shape, activations.parse(activation)
+    tensors = sums, scale, bias, None, y
+    key = (sums.dtype, aligned(*tensors), bias is None, n, entry.name, parameter)
+    launch(
+        _sum_splits_kernel, (m, triton.cdiv(n, 1024), 1), key, (*tensors, m, n, entry.name, parameter, 1, 1024),
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def expand(values: Tensor, indices: Tensor, k: int) -> Tensor:
