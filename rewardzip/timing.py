@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -31,8 +32,10 @@ def interleaved(
     seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
     rest: float = 0.0,
+    longest: float = math.inf,
 ) -> dict[str, Timing]:
-    """Time each call, all of them in turn, for about ``seconds`` in all and at least 7 rounds.
+    """Time each call, all of them in turn, for about ``seconds`` in all and at least 7 rounds, or 3 if those take
+    ``longest`` seconds.
 
     On a CPU a sample is a run of calls long enough for the clock; ``time.thread_time`` as the clock leaves out the time
     that a busy machine gave to others, and all threads but this one. ``rest``: seconds before each sample, and then one
@@ -47,13 +50,14 @@ def interleaved(
         once = max(sample(call, 1), 1e-7)
         repeats[name] = 1 if gpu else max(1, int(2e-3 / once))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[next(iter(calls))]) < 7:
+    rounds, spent, start = 0, 0.0, time.perf_counter()
+    while spent < seconds or rounds < (7 if spent < longest else 3):
         for name, call in calls.items():
             if rest:
                 time.sleep(rest)
                 sample(call, repeats[name])
             samples[name].append(sample(call, repeats[name]))
+        rounds, spent = rounds + 1, time.perf_counter() - start
     return {name: _timing(taken) for name, taken in samples.items()}
 
 

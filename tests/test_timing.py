@@ -84,6 +84,13 @@ def test_a_calls_parts(gpu):
     assert parts["wall"] >= 3e-3
 
 
+@pytest.mark.parametrize(("longest", "rounds"), [(60.0, 7), (0.0, 3)])
+def test_what_takes_long_is_called_less_often(longest, rounds):
+    calls = []
+    timing.interleaved({"a": lambda: time.sleep(2e-3) or calls.append("a")}, "cpu", 0.0, longest=longest)
+    assert len(calls) == 2 + rounds, "a call to warm, one to see how long it takes, and the rounds"
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """The tables' modules, each loaded from its file: the tests have a ``models`` of their own."""
@@ -247,6 +254,38 @@ def test_blocks_count_what_they_store(quick):
         blocks = counted(block=block, provider="rewardzip blocks, int8 x int8")
         assert blocks == (MOVED + stored, 2 * 20 * (half if block == "16x4" else DENSE))
     assert counted(block="16x4", provider="torch CSR") == (MOVED + (4 + 8) * half + 8 * 65, 2 * 20 * half)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_wrong_row_among_many_gets_no_time(benchmarks):
+    sparse = benchmarks("sparse")
+    layer, x = sparse.pruned(64, (16, 4), 0.5, "cpu"), torch.randn(5000, 64)
+    make = sparse.blocks
+
+    def wrong(*given):
+        way = make(*given)
+        call = lambda: way.call().index_fill(0, torch.arange(4000, 4100), 9.0)  # noqa: E731
+        return sparse.Way(call, way.dtype, way.weights)
+
+    sparse.blocks = wrong
+    good, refused = sparse.ways(layer, x, (16, 4))
+    assert set(refused) == {"rewardzip blocks, int8", "rewardzip blocks, int8 x int8"}
+    assert {"fp32", "rewardzip int8"} <= set(good)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_cells_that_take_long_are_timed_a_few_times(quick, benchmarks, monkeypatch):
+    limits = []
+    monkeypatch.setattr(timing, "interleaved", lambda *_, longest: limits.append(longest) or sys.exit())
+    with pytest.raises(SystemExit):
+        quick("sparse")
+    assert limits == [benchmarks("sparse").LONGEST]
+
+
+def test_only_4096_wide_at_65536_rows_is_left_out(benchmarks):
+    sparse = benchmarks("sparse")
+    left_out = [(size, rows) for size in sparse.SIZES for rows in sparse.ROWS if rows * size * size > sparse.CPU_WORK]
+    assert left_out == [(4096, 65536)]
 
 
 def test_a_pruned_model_counts_the_form_of_each_layer(quick):
