@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 def wanted(inputs: tuple[Tensor, ...]) -> bool:
     """Whether a gradient for one of these is, and this is the way to it."""
-    return (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in inputs)
-        and all((x.is_cpu or x.is_cuda) and x.dtype == torch.float32 for x in inputs)
-        and all(x.device == inputs[0].device for x in inputs)
-        and not is_compiling()
-    )
+    if not torch.is_grad_enabled() or is_compiling():
+        return False
+    learning, device = False, inputs[0].device
+    for x in inputs:
+        learning = learning or x.requires_grad
+        if x.dtype != torch.float32 or not (x.is_cpu or x.is_cuda) or x.device != device:
+            return False
+    return learning
 
 
 class Guided:
@@ -45,6 +46,7 @@ class Guided:
         self.is_other, self.changed = (lambda: True), (lambda: True)
         self.weights: list[Tensor | None] = []
         self.kernels: dict[tuple[int, ...], Any] = {}
+        self.device: torch.device | None = None
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         alone = not (self.chain.is_training() or modes() or transforms() is not None or tracing() is not None)
@@ -56,13 +58,15 @@ class Guided:
 
     def kernel(self, inputs: tuple[Tensor, ...]) -> Any:
         """The network that gives its gradient as well, as the numbers are now; None where there is none."""
-        leading = inputs[0].shape[:-1]
-        if not all(x.shape[:-1] == leading for x in inputs) or leading.numel() == 0:
-            return None
-        if inputs[0].device != self.chain.device():
-            return None
         if self.is_other():
             self.kernels, self.is_other = {}, self.chain.shortcut.look().is_other()
+            self.device = self.chain.device()
+        leading = inputs[0].shape[:-1]
+        for x in inputs:
+            if x.shape[:-1] != leading or x.numel() == 0:
+                return None
+        if inputs[0].device != self.device:
+            return None
         widths = tuple([x.shape[-1] for x in inputs])
         if widths not in self.kernels:
             found = self.network(widths, running.on_gpu(inputs[0]))
@@ -108,27 +112,30 @@ class Guided:
 
 
 class _Follow(torch.autograd.Function):
-    """One output and its gradient by the inputs, from one call."""
+    """One output and its gradient by the inputs, from one call. At few rows what is done here is what it costs."""
 
     @staticmethod
     def forward(ctx: Any, guided: Guided, kernel: Any, *inputs: Tensor) -> Tensor:
-        rows = [x.detach().reshape(-1, x.shape[-1]).contiguous() for x in inputs]
-        y, gradient = kernel(rows)
+        flat = inputs[0].dim() == 2
+        y, gradient = kernel([(x if flat else x.reshape(-1, x.shape[-1])).contiguous() for x in inputs])
         ctx.save_for_backward(gradient, *inputs)
         ctx.guided = guided
-        shaped: Tensor = y.reshape(*inputs[0].shape[:-1], 1)
+        shaped: Tensor = y if flat else y.view(*inputs[0].shape[:-1], 1)
         return shaped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradient, *inputs = ctx.saved_tensors
+        (gradient, *inputs), (_, _, *needed) = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradient shall have one itself
             # views: one input may have been computed from another, which is not for this function to follow
             own = [x.view_as(x) for x in inputs]
-            asked = [x for x, needed in zip(own, ctx.needs_input_grad[2:], strict=True) if needed]
+            asked = [x for x, wanted in zip(own, needed, strict=True) if wanted]
             found = iter(torch.autograd.grad(ctx.guided.dense(tuple(own)), asked, grad, create_graph=True))
-        else:
-            parts = (grad.reshape(-1, 1) * gradient).split([x.shape[-1] for x in inputs], 1)
-            pairs = zip(inputs, parts, ctx.needs_input_grad[2:], strict=True)
-            found = iter([part.reshape(x.shape) for x, part, needed in pairs if needed])
-        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
+            return None, None, *(next(found) if wanted else None for wanted in needed)
+        ways, start = [], 0
+        for x, wanted in zip(inputs, needed, strict=True):
+            shape = x.shape
+            part = gradient if len(inputs) == 1 else gradient.narrow(1, start, shape[-1])
+            start += shape[-1]
+            ways.append(grad * (part if len(shape) == 2 else part.reshape(shape)) if wanted else None)
+        return None, None, *ways

@@ -261,12 +261,12 @@ class Gradient:
         self.scratch = 4 * BLOCK * (1 + network.widest * (len(network.layers) + 2))
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(y [m], gradient [m, columns]) of contiguous fp32 inputs [m, piece] on a CPU."""
+        """(y [m, 1], gradient [m, columns]) of contiguous fp32 inputs [m, piece] on a CPU."""
         network, m = self.network, inputs[0].shape[0]
         places: list[int] = []
         for x, width in zip(inputs, network.pieces, strict=True):
             places += x.data_ptr(), width
-        y, gradient = inputs[0].new_empty(m), inputs[0].new_empty(m, self.columns)
+        y, gradient = inputs[0].new_empty(m, 1), inputs[0].new_empty(m, self.columns)
         at = network.table_at, self.back.data_ptr()
         rows = network.address(*places), y.data_ptr(), gradient.data_ptr()
 

@@ -306,7 +306,7 @@ class Network:
         self.compute = compute
 
     def gradient(self) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
-        """(y [m], its gradient [m, columns]) as a function of fp32 inputs [m, piece], or None."""
+        """(y [m, 1], its gradient [m, columns]) as a function of fp32 inputs [m, piece], or None."""
         weights, params, layers, members, _ = self.arguments
         return gradient(weights, params, layers, self.compute) if members is None else None
 

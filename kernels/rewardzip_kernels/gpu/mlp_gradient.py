@@ -155,7 +155,7 @@ def takes(net: Layout, compute: torch.dtype) -> bool:
 def gradient(
     weights: Tensor, params: Tensor, layers: str, compute_dtype: torch.dtype | None
 ) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
-    """(y [m], gradient [m, columns]) as a function of fp32 inputs [m, piece]; None for a network that is not taken."""
+    """(y [m, 1], gradient [m, columns]) as a function of fp32 inputs [m, piece]; None for a network not taken."""
     net = layout(layers, weights.dtype == torch.int8)
     compute = compute_dtype or (torch.float16 if weights.dtype == torch.int8 else weights.dtype)
     if compute == torch.int8 or not takes(net, compute):
@@ -166,7 +166,7 @@ def gradient(
     def call(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         xs: tuple[Tensor, ...] = tuple([dense_rows(x) for x in inputs])
         m, strides = xs[0].shape[0], tuple([x.stride(0) for x in xs])
-        y, found = xs[0].new_empty(m), xs[0].new_empty(m, columns)
+        y, found = xs[0].new_empty(m, 1), xs[0].new_empty(m, columns)
         exact = "ieee" if y.device.type == "cpu" else "tf32"
         key: tuple[Any, ...] = (layers, weights.dtype, compute, strides, aligned(y, found, *xs, weights, params))
         constants = (net, columns, TL_DTYPE[compute], BLOCK_M, SLICE, exact)
