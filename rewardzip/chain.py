@@ -32,10 +32,9 @@ from .shortcut import Shortcut
 # beyond this the first layer alone is worth a launch of its own
 MAX_INPUT_WIDTH = 1024
 
-# weights of a network up to which one call is faster on a CPU than a call a layer, whose outputs threads can share; and
-# where the last layer has few outputs, of compressed and of dense ones: docs/benchmarks.md
-WEIGHTS_OF_ONE_CALL = 1 << 20
-WITH_FEW_OUTPUTS = {"compressed": 1 << 22, "dense": 1 << 25}
+# weights of a network up to which one call is faster on a CPU than a call a layer, whose outputs threads can share, by
+# what the layers before the last are: docs/benchmarks.md
+WEIGHTS_OF_ONE_CALL = {"compressed": 1 << 22, "dense": 1 << 25, "blocks": 1 << 20}
 
 # up to so many multiply-adds, zeros and all, one call is faster than a call a layer without empty blocks, by what the
 # rows are: docs/benchmarks.md
@@ -264,9 +263,9 @@ def is_narrow(linears: list[Any]) -> bool:
 
 def is_one_call(linears: list[Any]) -> bool:
     """Whether one thread takes a row through all of them on a CPU."""
-    most, kinds = WEIGHTS_OF_ONE_CALL, {type(m) for m in linears[:-1]}
-    if linears[-1].out_features <= MAX_OUT and not kinds & {BlockSparseLinear}:
-        most = WITH_FEW_OUTPUTS["dense" if kinds == {nn.Linear} else "compressed"]
+    kinds = {type(m) for m in linears[:-1]}
+    form = "blocks" if BlockSparseLinear in kinds else "dense" if kinds == {nn.Linear} else "compressed"
+    most = WEIGHTS_OF_ONE_CALL[form]
     return bool(sum(m.in_features * m.out_features for m in linears) <= most)
 
 

@@ -47,7 +47,7 @@ def _blocks_win(pattern: Pattern, device: str, rows: Rows) -> str | None:
     empty = 1 - pattern.filled[BLOCK]
     weights = pattern.shape[0] * pattern.shape[1]
     # smaller layers may be part of one call for a whole MLP, and are where rows are few: ``chain.Pruned``
-    least = ALONE[rows] if weights >= WEIGHTS_OF_ONE_CALL else IN_CALL
+    least = ALONE[rows] if weights >= WEIGHTS_OF_ONE_CALL["blocks"] else IN_CALL
     if not reaches(empty, least) or weights < SMALLEST:
         return None
     return f"{100 * empty:.0f} % of its {BLOCK[0]}x{BLOCK[1]} blocks are zero, from {100 * least:.0f} % on it is faster"

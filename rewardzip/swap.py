@@ -241,7 +241,7 @@ def _only_fused(model: nn.Module) -> nn.Module:
             if reason and any(type(child) is nn.Linear for child in module.children()):
                 reasons[name] = reason
     if not any(isinstance(module, FusedForward) for module in model.modules()):
-        sizes = "at most 2^20 weights, or 2^25 and 16 outputs"
+        sizes = "at most 2^25 weights"
         why = _listed(reasons) or f"it has no MLP of 2 to 6 nn.Linear layers with {sizes}"
         warnings.warn(f"swap changed nothing: {why}", UserWarning, stacklevel=3)
     return model

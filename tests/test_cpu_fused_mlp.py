@@ -361,6 +361,22 @@ def test_sixteen_bit_weights(m, layers, compute, stored, poisoned):
     assert_mlp(y, xs, weights, params, layers, None, "none", compute or stored)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("outputs", [12, 13])
+def test_a_last_layer_written_to_is_seen(outputs, inference):
+    """Twelve are read where they lie, thirteen are packed."""
+    layers = f"23: 70 relu, {outputs}"
+    with torch.inference_mode(inference):
+        weights, params = random_mlp(layers, INT8, 1, "cpu")
+        xs = inputs_of(9, layers)
+        before = cpu(xs, weights, params, layers)
+        params[-(outputs * 80 + 16) :].mul_(2)
+        assert torch.equal(cpu(xs, weights, params, layers), 2 * before)
+        params.data = params.neg()
+        after = cpu(xs, weights, params, layers)
+    assert torch.equal(after, cpu(xs, weights, params.clone(), layers))
+
+
 @pytest.mark.parametrize("stored", [INT8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_sixteen_bits_on_every_instruction_set(stored, compute, isa, poisoned):

@@ -15,15 +15,19 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class _Source:
+class Source:
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
         self.tensor = weakref.ref(tensor, gone)
         self.address = tensor.data_ptr()
         self.version = None if tensor.is_inference() else tensor._version
         self.copy = tensor.clone() if tensor.is_inference() else None
 
+    def is_at(self, tensor: Tensor) -> bool:
+        """Whether this is the tensor, where it was."""
+        return self.tensor() is tensor and self.address == tensor.data_ptr()
+
     def holds(self, tensor: Tensor) -> bool:
-        if self.tensor() is not tensor or self.address != tensor.data_ptr():
+        if not self.is_at(tensor):
             return False
         if self.copy is not None:
             return torch.equal(tensor, self.copy)
@@ -35,7 +39,7 @@ class Kept(Generic[T]):
 
     def __init__(self, make: Callable[..., T]) -> None:
         self.make = make
-        self.entries: dict[tuple[Hashable, ...], tuple[tuple[_Source, ...], T]] = {}
+        self.entries: dict[tuple[Hashable, ...], tuple[tuple[Source, ...], T]] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...], *settings: Hashable) -> T:
         key = (*map(id, tensors), *settings)
@@ -54,5 +58,5 @@ class Kept(Generic[T]):
 
         with torch.no_grad():
             value = self.make(*tensors, *settings)
-            self.entries[key] = tuple(_Source(tensor, gone) for tensor in tensors), value
+            self.entries[key] = tuple(Source(tensor, gone) for tensor in tensors), value
         return value

@@ -6,7 +6,6 @@ noticed as in ``packing.py``.
 """
 
 import struct
-import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..checks import dense_rows
 from ..fused_mlp import _check, compute_type, fused_mlp_reference, new_output, numbers
+from ..kept import Source
 from ..mlp_layout import Layer, Layout, Linear, layout, padded, unpack
 from ..written import function
 from . import mlp_gradient, quick, threads
@@ -35,6 +35,8 @@ KINDS: dict[torch.dtype, tuple[Any, Any]] = {
     torch.bfloat16: (BFloat16, WholeBFloat16),
 }
 SHAPES_KEPT = 256
+# outputs that a dot product each gives sooner than tiles
+FEW_OUTPUTS = 12
 FLOAT = torch.float32
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -53,11 +55,11 @@ def kind_for(compute: torch.dtype, stored: torch.dtype, isa: str | None) -> Any:
 
 
 @lru_cache(maxsize=256)
-def prepare(kind: Any, hidden: tuple[str, ...], last: str, normed: bool, isa: str | None) -> Any:
+def prepare(kind: Any, hidden: tuple[str, ...], last: str, normed: bool, tiled: bool, isa: str | None) -> Any:
     """The compiled kernel, or None."""
     chosen = choose(isa)
-    key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last, "norm" if normed else "")
-    return kernel(key, lambda: build(kind(chosen), hidden, last, normed))
+    key = ("mlp", kind.__name__, chosen.name, "+".join(hidden), last, f"{'norm' * normed}{'tiled' * tiled}")
+    return kernel(key, lambda: build(kind(chosen), hidden, last, normed, tiled))
 
 
 @lru_cache(maxsize=256)
@@ -98,7 +100,9 @@ class Network:
         stored = networks[0][0].weight.dtype
         self.kind = kind_for(compute, stored, isa) if len(net) > 1 else Float
         names = hidden_activations(net)
-        self.run = prepare(self.kind, names, net[-1].activation, any(layer.eps is not None for layer in net), isa)
+        normed = any(layer.eps is not None for layer in net)
+        self.tiled = len(net) > 1 and net[-1].width > FEW_OUTPUTS
+        self.run = prepare(self.kind, names, net[-1].activation, normed, self.tiled, isa)
         self.pieces, self.outputs = net[0].pieces, net[-1].width
         self.leading = () if members is None else (len(networks) if reduce == "none" else 2,)
         self.work = len(networks) * sum(layer.width * sum(layer.pieces) for layer in net)
@@ -106,6 +110,8 @@ class Network:
         self.address = struct.Struct("qq" * len(self.pieces)).pack
         self.live: list[Tensor] = []
         self.copies: list[Tensor] = []
+        self.last: list[PackedFloats] = []
+        self.layers, self.members, self.names = net, networks, names
         # the last layer's rows are stored with each input on a multiple of 16, the packed ones without gaps
         spread = padded if len(net) == 1 else int
         columns = sum(map(spread, self.pieces))
@@ -132,16 +138,22 @@ class Network:
             table += piece, start
             start += spread(piece)
         for packed_member, member in zip(self.packed, networks, strict=True):
-            table += self._at(member[-1].weight), self._at(member[-1].bias, 1), bits_of(net[-1].parameter)
+            table += self._last(member[-1].weight), self._at(member[-1].bias, 1), bits_of(net[-1].parameter)
             for layer, weight, t in zip(net, packed_member, member, strict=False):
                 scale = self._at(t.scale) or self.ones.data_ptr()
                 table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
                 table += bits_of(layer.parameter), self._at(t.gamma), self._at(t.beta), bits_of(layer.eps or 0.0)
-        self.layers, self.members, self.names, self.widest = net, networks, names, widest
+        self.widest = widest
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
         self.scratch = BLOCK * rows
+
+    def _last(self, weight: Tensor) -> int:
+        if not self.tiled:
+            return self._at(weight)
+        self.last.append(PackedFloats(weight.detach()))
+        return self.last[-1].address
 
     def _at(self, tensor: Tensor | None, quantum: int = 16) -> int:
         """Where the kernel reads this one, so many values at once."""
@@ -298,20 +310,13 @@ class Plan(Network):
         super().__init__(networks, layout(layers, weights.dtype == torch.int8), members, reduce, compute, isa)
         # views of params: they would keep it alive
         self.live = []
-        self.weights, self.params = weakref.ref(weights, gone), weakref.ref(params, gone)
-        self.weights_at, self.params_at = weights.data_ptr(), params.data_ptr()
-        self.version = None if weights.is_inference() else weights._version
-        self.copy = weights.clone() if weights.is_inference() else None
+        self.weights, self.params = Source(weights, gone), Source(params, gone)
         self.shapes: dict[Any, tuple[int, tuple[int, ...]]] = {}
 
     def holds(self, weights: Tensor, params: Tensor) -> bool:
-        return (
-            self.weights() is weights
-            and self.params() is params
-            and self.weights_at == weights.data_ptr()
-            and self.params_at == params.data_ptr()
-            and (self.version == weights._version if self.copy is None else torch.equal(weights, self.copy))
-        )
+        # but for a packed last layer, params are read where they lie
+        written = self.params.holds if self.tiled else self.params.is_at
+        return self.weights.holds(weights) and written(params)
 
 
 def _plan(
@@ -322,7 +327,7 @@ def _plan(
     # by name: when the interpreter ends, this module's own may be gone before the tensor
     def gone(reference: Any, plans: dict[Any, Any] = _plans) -> None:
         now = plans.get(key)
-        if now is not None and reference in (now.weights, now.params):
+        if now is not None and reference in (now.weights.tensor, now.params.tensor):
             del plans[key]
 
     with torch.no_grad():

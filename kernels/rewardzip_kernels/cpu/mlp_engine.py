@@ -3,7 +3,7 @@
     h = x     per hidden layer: h = act(norm(q(h) @ weight^T * row_scale * scale + bias))     y = act(h @ last^T + bias)
 
 ``Int8`` quantises every row anew before each hidden layer, ``Float`` keeps it fp32 or rounds it to 16 bits; the last
-layer is fp32 in both.
+layer is fp32 in both: of few outputs a dot product each, of many packed like the others.
 
     net     int64: a header (HEADER), the width and position of each input in a row, then per member its last layer
             (LAST) and its hidden layers (HIDDEN); parameters are the bits of an fp32, a missing LayerNorm is gamma 0
@@ -23,7 +23,7 @@ from .linear import BLOCK
 from .pointers import f32, i64, load, stack, store
 from .rows import take_rows
 from .sweep import finishing, sweep
-from .tile import PANEL, Float, Int8
+from .tile import PANEL, Float, Int8, Whole
 
 HEADER = ("hidden", "outputs", "widest", "inputs", "columns", "members", "mean_std", "ones", "member_size")
 LAST = ("weight", "bias", "parameter")
@@ -84,10 +84,10 @@ def statistics(ys, members, count, mean_at, deviation_at):
         store(f32(deviation_at), i, sqrt(squares / float32(members - 1)))
 
 
-def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
+def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool, tiled: bool):
     """The kernel's Python and its argument letters, for hidden layers of these activations.
 
-    Where there is a LayerNorm, ``normed``, the first of them is "none".
+    Where there is a LayerNorm, ``normed``, the first of them is "none". ``tiled``: the last layer's weight is packed.
     """
     take, compute, item, activate = take_rows(kind), sweep(kind, hidden, 16), kind.item, ACTIVATIONS[last]
     finish = finishing(f32, hidden)
@@ -115,6 +115,25 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
 
     # a second copy of the epilogue, compiled only where it is needed
     normalise = inlined(normalise if normed else skip)
+
+    def one_by_one(member, h, stride, rows, vectors, outputs, ones, scales, out, sums):
+        weight, bias, parameter = load(i64(member), 0), load(i64(member), 1), load(f32(member + 16), 0)
+        for r in range(rows):
+            row = h + r * stride * 4
+            for o in range(outputs):
+                value = dot(row, weight + o * vectors * 64, vectors) + load(f32(bias), o)
+                store(f32(out), r * outputs + o, activate(value, parameter))
+
+    whole = sweep(Whole(kind.isa), (last,))
+
+    def in_tiles(member, h, stride, rows, vectors, outputs, ones, scales, out, sums):
+        weight, bias, parameter = load(i64(member), 0), load(i64(member), 1), load(f32(member + 16), 0)
+        for r in range(rows):
+            store(f32(scales), r, float32(1))
+        panels = (outputs + PANEL - 1) // PANEL
+        whole(weight, ones, bias, 0, parameter, rows, h, stride * 4, scales, out, outputs, 0, panels, sums)
+
+    finish_last = inlined(in_tiles if tiled else one_by_one)
 
     def mlp(net, scratch, inputs, first, last_row, m, y):
         layers, outputs, widest, count, columns, members, mean_std, ones, member_size = (
@@ -157,17 +176,11 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool):
                     for r in range(rows):
                         for j in range(n, width):
                             store(f32(h + r * widest * 4), j, float32(0))
-                vectors = width // 16
-                weight, last_bias, parameter = load(i64(member), 0), load(i64(member), 1), load(f32(member + 16), 0)
                 if mean_std:
                     out = ys + e * rows * outputs * 4
                 else:
                     out = y + (e * m + begin) * outputs * 4
-                for r in range(rows):
-                    row = h + r * widest * 4
-                    for o in range(outputs):
-                        value = dot(row, weight + o * vectors * 64, vectors) + load(f32(last_bias), o)
-                        store(f32(out), r * outputs + o, activate(value, parameter))
+                finish_last(member, h, widest, rows, width // 16, outputs, ones, scratch, out, sums)
             if mean_std:
                 statistics(ys, members, rows * outputs, y + begin * outputs * 4, y + (m + begin) * outputs * 4)
 
