@@ -76,6 +76,7 @@ def evaluate(
 def compress(
     model: Model, recipe: Annotated[Path, typer.Argument(help="steps in a .json or .toml file")], data: Rows, out: Out,
     agreement: Agreement = 0.99, epic: Epic = 0.02, best_of_n: BestOfN = 0.01, seed: Seed = 0, report: Page = None,
+    resume: Annotated[Path | None, typer.Option(help="keeps what is trained: a killed run goes on there")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run a recipe; the model is saved whether or not it is within the gate."""
@@ -90,7 +91,8 @@ def compress(
         check_target(out)
         gate, original = Gate(agreement, epic, best_of_n), load_model(model)
         rows, next_states = load_data(data, original)
-        result = run(original, recipe, rows, gate=gate, next_states=next_states, seed=seed, progress=not as_json)
+        settings: dict[str, Any] = {"gate": gate, "seed": seed, "resume": resume}
+        result = run(original, recipe, rows, next_states=next_states, progress=not as_json, **settings)
         save(result.model, out)
         _tell(result.report, {"model": str(out), "notes": list(result.notes)}, report, as_json)
 

@@ -123,6 +123,12 @@ class Distil(Step):
         return student.to(device_of(model))
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:
+        taught, alone = self.students(work)
+        work.notes.append(_comparison(taught, alone))
+        return nearest(taught)
+
+    def students(self, work: Work) -> tuple[list[_Judged], list[_Judged]]:
+        """(taught, from the same beginnings without the teacher): the latter where the data has rewards."""
         rows, judged = work.needs_data(self).split(0.2, work.seed)
         truth = rows.rewards is not None or rows.rejected is not None
         share = self.task if truth else 0.0
@@ -135,7 +141,7 @@ class Distil(Step):
             options: dict[str, Any] = {"seed": seed, "progress": work.progress, "amp": amp}
             options |= {name: getattr(self, name) for name in ("steps", "learning_rate", "batch_size")}
             if self.blend:
-                fit(student, rows, Blended(work.original), **options)
+                fit(student, rows, Blended(work.original), checkpoint=work.checkpoint(), **options)
             else:
                 distil(
                     student,
@@ -146,14 +152,14 @@ class Distil(Step):
                     temperature=self.temperature,
                     hard=self.hard,
                     features=self.features,
+                    checkpoint=work.checkpoint(),
                     **options,
                 )
             taught.append(_judge(student, work.original, judged))
             if truth:
-                fit(twin, rows, task_loss, **options)
+                fit(twin, rows, task_loss, checkpoint=work.checkpoint(), **options)
                 alone.append(_judge(twin, work.original, judged))
-        work.notes.append(_comparison(taught, alone))
-        return max(taught, key=lambda s: s.agreement).student
+        return taught, alone
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,10 @@ class _Judged:
     agreement: float
     loss: float
     student: nn.Module
+
+
+def nearest(students: list[_Judged]) -> nn.Module:
+    return max(students, key=lambda s: s.agreement).student
 
 
 def _judge(student: nn.Module, teacher: nn.Module, rows: Data) -> _Judged:

@@ -74,6 +74,7 @@ class FineTune(Step):
                 seed=work.seed,
                 progress=work.progress,
                 early_stop=self.early_stop,
+                checkpoint=work.checkpoint(),
             )
         return model
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import resume as runs
 from .constraints import copied, settle
 from .data import Data
 from .distil import Distil
 from .finetune import FineTune
+from .identity import data_hash, model_hash
 from .low_rank import LowRank
 from .nn import CompressedLinear
 from .prune import Prune
@@ -50,11 +52,13 @@ def compress(
     seed: int = 0,
     progress: bool = True,
     gate: Any = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Run the steps on a copy of ``model``; a fifth of the rows is held back for the report.
 
     recipe: steps, or a JSON or TOML file that ``save_recipe`` could have written. Steps that cannot work after one
     another, or on this model and data, are refused before any has run. gate, next_states, discount: see ``evaluate``.
+    resume: a folder for what is being trained; the same call goes on there after a kill, and ends with the same model.
     """
     if isinstance(recipe, Step):
         raise TypeError(f"compress: {recipe} is a step; a recipe is a sequence of them, [{recipe}]")
@@ -76,7 +80,7 @@ def compress(
         from .evaluate import check_original, evaluate
 
         check_original(model, held, after)
-    small, notes = run_steps(model, steps, rows, seed=seed, progress=progress)
+    small, notes = run_steps(model, steps, rows, seed=seed, progress=progress, resume=resume)
     report = None
     if held is not None:
         report = evaluate(model, small, held, gate=gate, next_states=after, discount=discount, progress=progress)
@@ -84,7 +88,13 @@ def compress(
 
 
 def run_steps(
-    model: nn.Module, steps: Sequence[Step], data: Data | None, *, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    steps: Sequence[Step],
+    data: Data | None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """(the compressed model, notes): the steps on a copy of ``model``, with all of the rows to train on."""
     from rich.console import Console
@@ -100,7 +110,10 @@ def run_steps(
         if isinstance(step, Distil) and data is not None:
             # the steps behind it will meet its student
             met = step.make(model, data, seed)
-    work = Work(copied(model).eval(), data, seed, progress)
+    folder = None if resume is None else Path(resume)
+    if folder is not None:
+        _claim(folder, model, steps, data, seed)
+    work = Work(copied(model).eval(), data, seed, progress, folder=folder)
     console = Console(quiet=not progress)
     for place, step in enumerate(steps, 1):
         console.print(f"{place}/{len(steps)} {step}", markup=False, highlight=False)
@@ -108,6 +121,14 @@ def run_steps(
     for step in steps:
         small = step.pack(small, work)
     return as_they_were(settle(small), transposed).eval(), tuple(work.notes)
+
+
+def _claim(folder: Path, model: nn.Module, steps: Sequence[Step], data: Data | None, seed: int) -> None:
+    """That the folder is new, or of a run of the same steps on the same model and rows: those do the same again."""
+    settings = {"model": model_hash(model), "data": None if data is None else data_hash(data), "seed": seed}
+    settings |= {"steps": len(steps), **{f"step {place}": repr(step) for place, step in enumerate(steps, 1)}}
+    if runs.read(folder, settings, "compress") is None:
+        runs.write(folder, {"settings": settings})
 
 
 def check_order(steps: Sequence[Step]) -> None:

@@ -29,7 +29,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def read(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read(folder: Path, settings: dict[str, Any], what: str = "fit") -> dict[str, Any] | None:
     """The state of a run with these settings; None where there is none yet."""
     if not (folder / NAME).exists():
         return None
@@ -37,12 +37,13 @@ def read(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         state = torch.load(folder / NAME, map_location="cpu", weights_only=True)
         theirs = state["settings"]
     except Exception as error:
-        raise ValueError(f"fit: {folder / NAME} cannot be read as a training run: {error}") from error
+        raise ValueError(f"{what}: {folder / NAME} cannot be read as a training run: {error}") from error
     changed = [key for key in settings if theirs.get(key) != settings[key]]
     if changed:
         key = changed[0]
         raise ValueError(
-            f"fit: the run in {folder} has {key}={theirs.get(key)!r}, this one {settings[key]!r}; give another folder"
+            f"{what}: the run in {folder} has {key}={theirs.get(key)!r}, this one {settings[key]!r}; "
+            "give another folder"
         )
     return state  # type: ignore[no-any-return]
 

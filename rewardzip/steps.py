@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -26,6 +27,14 @@ class Work:
     progress: bool = True
     notes: list[str] = field(default_factory=list)
     """What a reader of the report should know: a step that did not pay, a layer left alone and why."""
+    folder: Path | None = None
+    """Where the trainings are kept, for a run that may be killed."""
+    trainings: int = 0
+
+    def checkpoint(self) -> Path | None:
+        """Where ``fit`` keeps the next training: the same recipe has the same trainings in the same order."""
+        self.trainings += 1
+        return None if self.folder is None else self.folder / f"training-{self.trainings}"
 
     def needs_data(self, step: Step, rewards: bool = False) -> Data:
         name = type(step).__name__

@@ -186,6 +186,9 @@ def test_compress_runs_a_recipe_and_saves_the_model(work):
     assert json.loads(told.output)["model"] == "small"
     small = rz.load("small")(torch.cat([state, action], 1)).flatten()
     assert 0 < (small - model(state, action)).abs().max() < 0.05
+    assert run("compress", "mlp.pt", "recipe.json", "rows.npz", "small", "--resume", "run").exit_code == 0
+    told = run("compress", "mlp.pt", "recipe.json", "rows.npz", "small", "--resume", "run", "--seed", "1")
+    assert (told.exit_code, "the run in run has" in told.output) == (2, True)
     with open("coarse.json", "w") as file:
         json.dump({"steps": [{"step": "Quantize", "bits": 2}]}, file)
     told = run("compress", "dense", "coarse.json", "rows.npz", "small")

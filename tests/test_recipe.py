@@ -1,6 +1,8 @@
 """Recipes: in files and out, refused before any work, run on a copy, judged on rows that no step has seen."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -394,3 +396,67 @@ def test_the_transposed_layers_of_gpt2_are_compressed_and_those_left_stay_of_the
         (8, 8, (8, 8)),
         (8, 1, (8, 1)),
     ]
+
+
+RESUMED = """
+import os, signal, sys, torch
+import rewardzip as rz
+from recipes import rows
+from rewardzip import resume
+from rewardzip.recipe import run_steps
+torch.manual_seed(0)
+torch.set_num_threads(1)
+folder, out, kill = sys.argv[1] or None, sys.argv[2], int(sys.argv[3])
+write, written = resume.write, []
+def dying(*args):
+    write(*args)
+    written.append(args[0].name)
+    if len(written) == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+resume.write = dying
+recipe = [
+    rz.Distil((12, 8), steps=120), rz.Prune("neurons", 0.25, rounds=2, finetune_steps=120),
+    rz.FineTune(250, blend=True), rz.Quantize(4), rz.FineTune(150, amp="float16", early_stop=140),
+]
+small, notes = run_steps(rz.RewardMLP(6, 2, (24,)), recipe, rows(300), progress=False, resume=folder)
+torch.save({"weights": small.state_dict(), "notes": notes, "written": written}, out)
+"""
+
+
+def test_killed_in_any_training_and_gone_on_is_never_killed(tmp_path):
+    def run(folder, out, kill=0):
+        command = [sys.executable, "-c", RESUMED, str(folder), str(tmp_path / out), str(kill)]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=100)
+        assert done.returncode == (-signal.SIGKILL if kill else 0)
+        return None if kill else torch.load(tmp_path / out, weights_only=True)
+
+    whole = run("", "whole.pt")
+    # in a student, in the second round of pruning, in fine-tuning of floats and of the grid
+    for kill in (4, 12, 3, 2):
+        run(tmp_path / "run", "never.pt", kill)
+    last = run(tmp_path / "run", "last.pt")
+    assert same_state(whole["weights"], last["weights"])
+    assert whole["notes"] == last["notes"]
+    # the end of the last: everything else was read
+    assert last["written"] == ["training-10"]
+    assert not whole["written"]
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path, model):
+    steps, data = (rz.Quantize(8), rz.FineTune(3)), rz.Data(rows(60).inputs)
+    folder = tmp_path / "run"
+    first, _ = run_steps(model, steps, data, progress=False, resume=folder)
+    again, _ = run_steps(model, steps, data, progress=False, resume=folder)
+    assert same_state(first.state_dict(), again.state_dict())
+    for change, match in (
+        ({"steps": (rz.Quantize(7), rz.FineTune(3))}, r"compress: .*step 1=.Quantize\(bits=8.*, this one .*bits=7"),
+        ({"steps": (*steps, rz.FineTune(3))}, "steps=2, this one 3"),
+        ({"data": rz.Data(rows(61).inputs)}, "data=.*, this one"),
+        ({"seed": 1}, "seed=0, this one 1"),
+        ({"model": trained(steps=2)}, "model=.*, this one"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run_steps(**{"model": model, "steps": steps, "data": data, **change}, progress=False, resume=folder)
+    (folder / "fit.pt").write_bytes(b"no run")
+    with pytest.raises(ValueError, match=r"compress: .*fit.pt cannot be read"):
+        run_steps(model, steps, data, progress=False, resume=folder)
