@@ -28,6 +28,7 @@ from .nn import (
     GridLinear,
     Int8Linear,
     SharedLinear,
+    ShiftedLinear,
     Sparse24Linear,
     SparseRowsLinear,
 )
@@ -54,6 +55,7 @@ LAYERS: dict[str, tuple[type[CompressedLinear], tuple[str, ...]]] = {
     "Int8Linear": (Int8Linear, ("in_features", "out_features", "bias", "rows", "compute_dtype", "dtype", "bits")),
     "GridLinear": (GridLinear, ("in_features", "out_features", "bias", "bits", "group", "dtype")),
     "SharedLinear": (SharedLinear, ("in_features", "out_features", "bias", "entries", "dtype")),
+    "ShiftedLinear": (ShiftedLinear, ("in_features", "out_features", "bias", "dtype")),
     "Sparse24Linear": (Sparse24Linear, ("in_features", "out_features", "bias", "values", "rows", "dtype")),
     "SparseRowsLinear": (SparseRowsLinear, ("in_features", "out_features", "nonzeros", "bias", "values", "dtype")),
     "BlockSparseLinear": (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .chain import Wide
 from .ensemble import FusedEnsemble
 from .fuse import FusedForward, unfuse
-from .nn import GridLinear, Int8Linear, SharedLinear, SparseLinear
+from .nn import GridLinear, Int8Linear, SharedLinear, ShiftedLinear, SparseLinear
 from .parity import error_bound, tensors
 from .score_rows import placement
 from .swap import put, restore
@@ -136,7 +136,7 @@ def unfused(model: nn.Module) -> nn.Module:
                     last.rows, last.compute_dtype, last.x_scale = "float", None, None
             unfuse(module)
     known: dict[nn.Module, nn.Module] = {m: m.filled() for m in model.modules() if isinstance(m, SparseLinear)}
-    known |= {m: m.to_linear() for m in model.modules() if isinstance(m, GridLinear | SharedLinear)}
+    known |= {m: m.to_linear() for m in model.modules() if isinstance(m, GridLinear | SharedLinear | ShiftedLinear)}
     known |= {m: _Apart(m) for m in model.modules() if isinstance(m, FusedEnsemble)}
     # the model itself comes last: what takes its place holds its parts
     named = reversed(list(model.named_modules(remove_duplicate=False)))

@@ -3,8 +3,9 @@
     symmetric   scale = max|w| / (2^(k-1) - 1)        codes from -(2^(k-1) - 1) to 2^(k-1) - 1
     affine      scale = (max - min) / (2^k - 1)       codes from -z to 2^k - 1 - z, zero point z = round(-min / scale)
 
-with min <= 0 <= max, so that a zero stays a zero. Whatever has one scale an output and codes within a byte (all but
-groups, and 8 bits affine) runs on the int8 kernels, which need no zero point: it is in the codes already.
+with min <= 0 <= max, so that a zero stays a zero. Whatever has one scale an output runs on the int8 kernels: with codes
+within a byte (all but 8 bits affine) they need no zero point, it is in the codes already; codes beyond are moved into
+the byte, and one input more, minus the sum of the others, makes up for that. Groups are computed in floats.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rewardzip_kernels.quantize import TINY
 from .calibrate import check_enough, layer_inputs, layer_outputs
 from .constraints import Grid, Mask, check_packable, constrain, constraint_of, linears, settle
 from .data import Data
-from .nn import CompressedLinear, GridLinear, Int8Linear
+from .nn import CompressedLinear, GridLinear, Int8Linear, ShiftedLinear
 from .steps import Step, Work, check_numbers
 from .swap import install
 
@@ -172,6 +173,9 @@ class Quantize(Step):
                 packed[name] = Int8Linear.from_codes(
                     layer, codes[name], scale, self.bits, self.activations or "float", ranges.get(name)
                 )
+            elif self.per != "group":
+                scale, low = (t.expand(layer.out_features, 1)[:, 0] for t in (scale, low))
+                packed[name] = ShiftedLinear.from_codes(layer, codes[name], scale, low)
             else:
                 scale, low = (t.expand(layer.out_features, -1) for t in (scale, low))
                 packed[name] = GridLinear.from_codes(layer, codes[name], scale, low, self.bits, grid.group)

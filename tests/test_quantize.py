@@ -13,7 +13,7 @@ from torch import nn
 import rewardzip as rz
 from rewardzip.calibrate import layer_outputs
 from rewardzip.constraints import linears, masked
-from rewardzip.nn import GridLinear, Int8Linear
+from rewardzip.nn import GridLinear, Int8Linear, ShiftedLinear
 from rewardzip.packing import pack, packed_bytes, unpack
 from rewardzip.quantize import compensated
 
@@ -103,7 +103,8 @@ FORMS = {
     "affine": (rz.Quantize(5, scheme="affine"), Int8Linear),
     "affine 7": (rz.Quantize(7, scheme="affine", activations="dynamic"), Int8Linear),
     "two": (rz.Quantize(2, scalar_outputs=True), Int8Linear),
-    "affine 8": (rz.Quantize(8, scheme="affine"), GridLinear),
+    "affine 8": (rz.Quantize(8, scheme="affine"), ShiftedLinear),
+    "affine 8, tensor": (rz.Quantize(8, scheme="affine", per="tensor"), ShiftedLinear),
     "groups": (rz.Quantize(4, per="group", group=5), GridLinear),
     "affine groups": (rz.Quantize(8, scheme="affine", per="group", group=7), GridLinear),
 }
@@ -149,7 +150,11 @@ def test_a_shared_layer_is_packed_once(tmp_path):
     assert torch.equal(loaded(torch.ones(2, 6)), fast(torch.ones(2, 6)))
 
 
-@pytest.mark.parametrize("step", [rz.Quantize(4), rz.Quantize(4, per="group", group=8)], ids=["int8", "grid"])
+@pytest.mark.parametrize(
+    "step",
+    [rz.Quantize(4), rz.Quantize(4, per="group", group=8), rz.Quantize(8, scheme="affine")],
+    ids=["int8", "grid", "shifted"],
+)
 def test_refresh_and_types(model, step):
     fast, _ = squeeze(model, step)
     other = trained(steps=5)
@@ -322,3 +327,34 @@ def test_grid_linear_is_its_formula():
         GridLinear(4, 4, bits=9)
     with pytest.raises(ValueError, match="bits is 1"):
         Int8Linear(4, 4, bits=1)
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (3, 2)], ids=str)
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-1.0, 0.0), (-0.3, 1.0), (-1.0, 1.0)], ids=str)
+def test_shifted_linear_is_its_formula_wherever_zero_lies(ends, rows):
+    """Weights all of one sign are moved the most, 128 either way, from one end of a byte to the other."""
+    torch.manual_seed(0)
+    linear = nn.Linear(37, 5)
+    with torch.no_grad():
+        linear.weight.uniform_(*ends)
+        linear.weight[:, 0], linear.weight[:, 1] = ends
+    layer = ShiftedLinear(37, 5)
+    layer.refresh(linear)
+    step = float(layer.scale[0])
+    assert step == pytest.approx((max(ends[1], 0) - min(ends[0], 0)) / 255)
+    assert float((layer.weight - linear.weight).detach().abs().max()) <= 0.51 * step
+    assert layer.weight_bytes() == layer.int8_weight.numel()
+    x = torch.randn(*rows, 37)
+    weight, bias = layer.weight.double(), linear.bias.double()
+    wanted = F.relu(F.linear(x.double(), weight, bias))
+    # what the sum of the row is multiplied by may cancel against the codes
+    sizes = F.linear(x.double().abs(), weight.abs() + 128 * step, bias.abs())
+    limit = 4 * 2**-24 * (wanted + 37**0.5 * sizes)
+    assert bool(((layer(x, "relu") - wanted).abs() <= limit).all())
+
+
+def test_eight_bits_with_a_zero_point_make_no_dense_weight(model, monkeypatch):
+    fast, _ = squeeze(model, rz.Quantize(8, scheme="affine"))
+    expected = rz.restore(fast)(*rows().inputs)
+    monkeypatch.setattr(ShiftedLinear, "weight", property(lambda layer: pytest.fail("made its weight anew")))
+    assert torch.allclose(fast(*rows().inputs), expected, rtol=1e-4, atol=1e-4)

@@ -18,8 +18,8 @@ from .base import CompressedLinear, check_source
 class GridLinear(CompressedLinear):
     """``W[n, k] = (code[n, k] + low[n, k // group]) * scale[n, k // group]``, codes from 0 to 2^bits - 1.
 
-    For what an int8 kernel with one scale an output cannot take: groups, and 8 bits with a zero point. The codes are
-    packed in memory as on disk; each call makes the weight anew, so it is small, and slower than a dense layer.
+    For groups, which an int8 kernel with one scale an output cannot take. The codes are packed in memory as on disk;
+    each call makes the weight anew, so it is small, and slower than a dense layer.
     """
 
     remark = "computed in floats from its codes"
