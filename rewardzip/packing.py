@@ -20,8 +20,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that were packed, int64 in the shape given."""
-    place = torch.arange(bits, device=packed.device)
-    words = (packed.view(-1, bits).long() << 8 * place).sum(1)
-    codes: Tensor = (words[:, None] >> bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
-    return codes.flatten()[: torch.Size(shape).numel()].view(shape)
+    """The codes that were packed, uint8 in the shape given."""
+    if 8 % bits == 0:
+        # each byte holds whole codes
+        words, place = packed, torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    else:
+        words = (packed.view(-1, bits).long() << 8 * torch.arange(bits, device=packed.device)).sum(1)
+        place = bits * torch.arange(8, device=packed.device)
+    codes: Tensor = (words[:, None] >> place) & (2**bits - 1)
+    return codes.flatten()[: torch.Size(shape).numel()].view(shape).to(torch.uint8)

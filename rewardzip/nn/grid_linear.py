@@ -79,7 +79,9 @@ class GridLinear(CompressedLinear):
     @property
     def weight(self) -> Tensor:
         codes = unpack(self.codes, self.bits, (self.out_features, self.in_features))
-        return ((codes + self._spread(self.low)) * self._spread(self.scale)).to(self.dtype)
+        runs = F.pad(codes, (0, -self.in_features % self.group)).view(*self.scale.shape, -1)
+        filled = (runs + self.low[..., None]) * self.scale[..., None]
+        return filled.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
         weight, bias = self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)

@@ -66,7 +66,7 @@ class SharedLinear(CompressedLinear):
     def weight(self) -> Tensor:
         # a file made up by somebody may hold an index past the end of a codebook that is no power of two
         indices = unpack(self.indices, self.bits, (self.out_features, self.in_features)).clamp(max=self.entries - 1)
-        return self.codebook[indices].to(self.dtype)
+        return self.codebook[indices.int()].to(self.dtype)
 
     def compute(self, input: Tensor, activation: str) -> Tensor:
         weight, bias = self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
