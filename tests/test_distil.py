@@ -10,8 +10,8 @@ from recipes import error, rows, squeeze, trained
 from torch import nn
 
 import rewardzip as rz
-from rewardzip.distil import _comparison, _Judged
-from rewardzip.steps import from_dict
+from rewardzip.distil import _comparison, _Judged, nearest
+from rewardzip.steps import Work, from_dict
 from rewardzip.teach import _Loss, distil, task_loss
 
 
@@ -110,6 +110,17 @@ def test_without_rewards_the_notes_say_what_is_missing(model):
     assert not torch.equal(mixed.net[0].weight, student.net[0].weight)
     assert error(model, mixed, data) < 1.1 * error(model, student, data) + 0.05
     assert error(model, student, data) < float(model(*data.inputs).detach().var())
+
+
+def test_students_without_the_teacher_are_the_same_ones_on_the_rewards(model):
+    step, work = rz.Distil((8,), steps=30), Work(model, rows(), progress=False)
+    taught, alone = step.students(work)
+    assert len(taught) == len(alone) == 3
+    twin = step.make(model, work.data, 0)
+    rz.fit(twin, work.data.split(0.2, 0)[0], steps=30, learning_rate=2e-3, progress=False)
+    assert same_state(alone[0].student.state_dict(), twin.state_dict())
+    assert not same_state(taught[0].student.state_dict(), twin.state_dict())
+    assert nearest(alone) is max(alone, key=lambda s: s.agreement).student
 
 
 def test_the_verdict_counts_what_is_above_the_noise():
