@@ -10,7 +10,8 @@ state and action). Inputs are scaled to mean 0 and deviation 1. The dense net le
 fifth of the episodes is held out and everything is judged on those. agreement: the share of random pairs of rows that
 stay in order. best of 16: the true reward of the row picked out of 16, as a share of what the dense net's pick gets,
 from the mean reward up. EPIC: on the transitions held out, discount .99. bytes: of the saved weights. Steps see the
-rows without their rewards: what they keep is the dense net's answers. Needs gymnasium[mujoco].
+rows without their rewards, Distil with task above 0 excepted: what they keep is the dense net's answers. Needs
+gymnasium[mujoco].
 """
 
 import argparse
@@ -18,20 +19,21 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
 import rewardzip as rz
+from rewardzip.distil import nearest
 from rewardzip.epic import Transitions, reward_of
 from rewardzip.fidelity import pair_agreement
 from rewardzip.recipe import run_steps
+from rewardzip.steps import Work
 from rewardzip.timing import interleaved
 
 INT8 = rz.Quantize(8, activations="dynamic")
@@ -39,6 +41,14 @@ TUNE = rz.FineTune(1000, blend=True)
 LONG = rz.FineTune(12_000, learning_rate=2e-3, batch_size=512, blend=True)
 LONGER = replace(LONG, steps=20_000)
 LAST = rz.FineTune(4000, batch_size=512, blend=True)
+
+
+@dataclass(frozen=True)
+class Alone(rz.Distil):
+    """The nearest of the students that Distil compares its own with: the same beginnings, the rewards, no teacher."""
+
+    def apply(self, model: torch.nn.Module, work: Work) -> torch.nn.Module:
+        return nearest(self.students(work)[1])
 
 
 def neurons(amount: float) -> rz.Prune:
@@ -53,11 +63,15 @@ def recipes(widths: tuple[int, ...]) -> dict[str, list]:
     half, quarter = (tuple(w // part for w in widths) for part in (2, 4))
     most = tuple(3 * w // 4 for w in widths)
     distil = {"task": 0.0, "batch_size": 512, "blend": True}
+    rewarded = {"task": 0.5, "batch_size": 512, "steps": 5000}
+    deep = rz.Distil((half[0],) * 3, steps=2500, **distil)
     return {
         "int8": [rz.Quantize(8)],
         "int8 x int8": [INT8],
         "int8 x int8, static": [rz.Quantize(8, activations="static")],
+        "int8 with a zero point": [rz.Quantize(8, scheme="affine")],
         "4 bits": [rz.Quantize(4, ranges="mse")],
+        "4 bits, means corrected": [rz.Quantize(4, ranges="mse", correct_bias=True)],
         "4 bits, compensated": [rz.Quantize(4, ranges="mse", rounding="compensated", correct_bias=True)],
         "4 bits x int8, fine-tuned": [few(4), TUNE],
         "4 bits in groups of 32": [rz.Quantize(4, scheme="affine", per="group")],
@@ -67,15 +81,22 @@ def recipes(widths: tuple[int, ...]) -> dict[str, list]:
         "low rank, fine-tuned, int8": [rz.LowRank(energy=0.8, weighted=True), TUNE, INT8],
         "codebook of 16": [rz.Share(16)],
         "codebook of 16, fine-tuned": [rz.Share(16), TUNE],
+        "neurons merged": [rz.Share(of="neurons", similarity=0.9)],
         "neurons merged, int8": [rz.Share(of="neurons", similarity=0.9), TUNE, INT8],
         "2:4, fine-tuned, int8": [rz.Prune("2:4"), TUNE, INT8],
         "half of the neurons": [neurons(0.5)],
         "half of the neurons, fine-tuned": [neurons(0.5), TUNE],
+        "distilled, three layers": [deep, TUNE],
+        "distilled, three layers, two shared": [deep, rz.Share(of="layers", similarity=-1.0), TUNE],
+        "distilled": [rz.Distil(half, steps=5000, **distil)],
+        "distilled with the rewards": [rz.Distil(half, **rewarded)],
+        "the same student without the teacher": [Alone(half, **rewarded)],
         "distilled, int8": [rz.Distil(half, steps=5000, **distil), INT8],
         "distilled smaller, int8": [rz.Distil(quarter, steps=5000, **distil), INT8],
         "distilled, neurons, int8": [rz.Distil(most, steps=10_000, **distil), neurons(0.25), LONGER, INT8],
         "neurons, int8": [neurons(0.435), LONG, INT8],
         "neurons, int8, not blended": [neurons(0.435), replace(LONG, blend=False), INT8],
+        "two thirds of the neurons, int8": [neurons(0.67), LONG, INT8],
         "neurons, 5 bits x int8": [neurons(0.29), LONG, few(5), LAST],
     }
 
@@ -89,6 +110,8 @@ def transitions(task: str, seed: int) -> tuple[rz.Data, rz.Data, tuple[Tensor, T
 
     Random actions, gaits and linear policies, an episode each.
     """
+    import gymnasium
+
     name, length, _ = TASKS[task]
     environment, chance = gymnasium.make(name), np.random.default_rng(seed)
     space = environment.action_space
@@ -156,7 +179,8 @@ def train(task: str, seed: int, out: Path, patterns: list[str]) -> None:
         if name == "dense" or any(fnmatchcase(name, pattern) for pattern in patterns):
             start = time.perf_counter()
             # rows of episodes held out are the benchmark's own, so every row of the others is the recipe's
-            small, notes = run_steps(model, steps, rz.Data(data.inputs), seed=seed, progress=False)
+            rows = data if any(isinstance(step, rz.Distil) and step.task for step in steps) else rz.Data(data.inputs)
+            small, notes = run_steps(model, steps, rows, seed=seed, progress=False)
             seconds = round(time.perf_counter() - start, 2)
             rz.save(small, folder / name)
             found[name] = judge(rz.load(folder / name), model, held, reached)
@@ -185,10 +209,11 @@ def clock(task: str, seed: int, out: Path) -> None:
     """Add what 1024 rows take: the tenth percentile, as others on the machine slow calls and never speed them."""
     torch.set_num_threads(1)
     file, searched = out / f"techniques-{task}-{seed}.json", out / f"search-{task}-{seed}.json"
+    folder = out / f"models-{task}-{seed}"
     content = json.loads(file.read_text())
     found = {searched: json.loads(searched.read_text())} if searched.exists() else {}
-    names = [*content["results"], *("found" for _ in found)]
-    models = {name: rz.load(out / f"models-{task}-{seed}" / name).requires_grad_(False) for name in names}
+    names = [name for name in (*content["results"], *("found" for _ in found)) if (folder / name).exists()]
+    models = {name: rz.load(folder / name).requires_grad_(False) for name in names}
     inputs = [torch.randn(1024, width) for width in models["dense"].inputs]
     with torch.no_grad():
         taken = interleaved({name: lambda m=m: m(*inputs) for name, m in models.items()}, seconds=SECONDS)

@@ -138,3 +138,14 @@ def test_the_rates_of_scoring_are_those_of_the_file():
         assert f"| {rate:,.0f} | {rate / rates[0]:.2f}x |" in told, rate
     for rate in rates[1:]:
         assert f"{rate:,.0f}" in (ROOT / "docs/scale.md").read_text(), rate
+
+
+@pytest.mark.parametrize("task", ["cheetah", "pendulum"])
+def test_the_table_of_techniques_is_that_of_the_files(task):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "benchmarks/techniques.py", "table", task, "--out", "benchmarks/results/amd-epyc-zen5"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True).stdout
+    assert table in (ROOT / "docs/compression.md").read_text()
+    for technique in ("int8", "4 bits, means corrected", "neurons merged", "distilled", "distilled, three layers, two"):
+        assert f"\n| {technique}" in table
+    assert "\n| the same student without the teacher |" in table
