@@ -118,7 +118,7 @@ def tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def ours(model: nn.Module, config: rz.Int8, dtype: torch.dtype = torch.float32) -> nn.Module:
+def ours(model: nn.Module, config: rz.Int8 | rz.Fused, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = copy.deepcopy(model).to(dtype)
     return rz.fuse_ensemble(list(model.members), config) if isinstance(model, Ensemble) else rz.swap(model, config)
 
@@ -133,6 +133,7 @@ def providers(
         "AMP bf16": lambda: amp(model, device, brain),
         "AMP bf16, training": lambda: amp(model, device, brain, grad=True),
         "bf16": lambda: copy.deepcopy(model).to(brain),
+        "rewardzip fused, bf16 rows": lambda: ours(model, rz.Fused(), brain),
         "rewardzip int8": lambda: ours(model, rz.Int8()),
         "rewardzip int8, fp16 rows": lambda: ours(model, rz.Int8(), half),
         "rewardzip int8, bf16 rows": lambda: ours(model, rz.Int8(), brain),

@@ -208,7 +208,7 @@ def in_floats(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def compute_for(inputs: tuple[Tensor, ...], wish: torch.dtype | None) -> torch.dtype | None:
     """What products are made of: the user's wish; else on a GPU what the op takes for these rows, on a CPU bfloat16 for
-    rows of it, which has instructions for them, and float32 for others."""
+    rows of it, which many multiply in one instruction, and float32 for others."""
     if wish is not None or running.on_gpu(inputs[0]):
         return wish
     return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in inputs) else torch.float32

@@ -473,10 +473,13 @@ def test_where_a_chain_runs_is_said_for_both_devices():
 
 
 @pytest.mark.parametrize("config", [rz.Int8(), rz.Int8(activations="dynamic")])
-def test_large_networks_of_few_outputs_are_one_call(config):
-    model, x = mlp(300, 1400, 1400, 2), torch.randn(7, 300)
+@pytest.mark.parametrize("outputs", [2, 20])
+def test_large_networks_are_one_call(config, outputs):
+    model, x = mlp(300, 1400, 1400, outputs), torch.randn(200, 300)
     fast = rz.swap(model, config)
     assert "one call on a CPU" in str(rz.explain(fast))
-    torch.testing.assert_close(fast(x), rz.swap(model, config, fuse=False)(x), rtol=1e-2, atol=1e-3)
-    many = rz.swap(mlp(300, 1400, 1400, 20), config)
-    assert "layer by layer on a CPU" in str(rz.explain(many))
+    layers = rz.swap(model, config, fuse=False)(x)
+    # alone, the last layer rounds its rows as well
+    torch.testing.assert_close(fast(x), layers, rtol=0, atol=0.02 * float(layers.abs().max()))
+    larger = rz.swap(mlp(64, 2048, 2048, outputs), config)
+    assert "layer by layer on a CPU" in str(rz.explain(larger))

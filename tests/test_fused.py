@@ -155,7 +155,7 @@ def test_what_cannot_be_fused_is_said():
     with pytest.warns(UserWarning, match="swap changed nothing: it has no MLP"):
         rz.swap(nn.Sequential(nn.Linear(6, 1)), rz.Fused())
     with pytest.warns(UserWarning, match="swap changed nothing"):
-        rz.swap(mlp(1024, 1024, 200), rz.Fused())
+        rz.swap(mlp(16, 1 << 21, 1), rz.Fused())
     shared = mlp(6, 16, 1)
     assert rz.swap(shared, rz.Fused(), inplace=True) is shared
 

@@ -1,4 +1,4 @@
-"""fused_mlp on a CPU, by ``mlp_engine.py``: weights in int8, or in 16 bits, which are kept as fp32.
+"""fused_mlp on a CPU, by ``mlp_engine.py``: weights in int8, or in 16 bits, which are kept as fp32 or as pairs of bf16.
 
 What does not depend on this call's addresses is kept per weights tensor: the packed weights, the table that the kernel
 reads, the kernel, the shapes already checked. ``params`` is read where it lies; a change of ``weights`` packs anew,
@@ -22,7 +22,7 @@ from . import mlp_gradient, quick, threads
 from .engine import kernel
 from .instruction_sets import choose, processor_features
 from .linear import BLOCK
-from .mlp_engine import HIDDEN, LAST, OWN_SCRATCH, build
+from .mlp_engine import HIDDEN, LAST, MOST_ROWS, OWN_SCRATCH, build
 from .packing import Packed, PackedFloats
 from .pointers import bits_of
 from .tile import PANEL, BFloat16, Float, Float16, Int8, PairsBFloat16, Whole, WholeBFloat16, WholeFloat16
@@ -35,6 +35,7 @@ KINDS: dict[torch.dtype, tuple[Any, Any]] = {
     torch.bfloat16: (BFloat16, WholeBFloat16),
 }
 SHAPES_KEPT = 256
+CACHE = 1 << 22
 # outputs that a dot product each gives sooner than tiles
 FEW_OUTPUTS = 12
 FLOAT = torch.float32
@@ -129,9 +130,12 @@ class Network:
             for member in networks
         ]
         fields = len(LAST) + len(HIDDEN) * (len(net) - 1)
+        # weights beyond the cache are read once a block
+        stored_bytes = sum(p.panels.nbytes for member in self.packed for p in member)
+        self.block = MOST_ROWS if stored_bytes > CACHE else BLOCK
         table = [
             *(len(net) - 1, self.outputs, widest, len(self.pieces), columns, len(networks)),
-            *(int(reduce == "mean_std"), self.ones.data_ptr(), fields),
+            *(int(reduce == "mean_std"), self.ones.data_ptr(), fields, self.block),
         ]
         start = 0
         for piece in self.pieces:
@@ -147,7 +151,7 @@ class Network:
         self.table = torch.tensor(table, dtype=torch.int64)
         self.table_at = self.table.data_ptr()
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
-        self.scratch = BLOCK * rows
+        self.scratch = self.block * rows
 
     def _last(self, weight: Tensor) -> int:
         if not self.tiled:

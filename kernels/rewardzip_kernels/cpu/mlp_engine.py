@@ -1,4 +1,4 @@
-"""A whole MLP, or an ensemble, in one call: blocks of 48 rows pass through all layers while they are in cache.
+"""A whole MLP, or an ensemble, in one call: blocks of rows pass through all layers while they are in cache.
 
     h = x     per hidden layer: h = act(norm(q(h) @ weight^T * row_scale * scale + bias))     y = act(h @ last^T + bias)
 
@@ -19,16 +19,17 @@ from numba.extending import intrinsic
 from numpy import float32, sqrt
 
 from .activations import ACTIVATIONS, inlined
-from .linear import BLOCK
 from .pointers import f32, i64, load, stack, store
 from .rows import take_rows
 from .sweep import finishing, sweep
 from .tile import PANEL, Float, Int8, Whole
 
-HEADER = ("hidden", "outputs", "widest", "inputs", "columns", "members", "mean_std", "ones", "member_size")
+HEADER = ("hidden", "outputs", "widest", "inputs", "columns", "members", "mean_std", "ones", "member_size", "block")
 LAST = ("weight", "bias", "parameter")
 HIDDEN = ("packed", "scale", "bias", "code", "parameter", "gamma", "beta", "eps")
 OWN_SCRATCH = 1 << 15
+# the most rows of a block
+MOST_ROWS = 192
 
 
 @intrinsic
@@ -91,7 +92,7 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool, 
     """
     take, compute, item, activate = take_rows(kind), sweep(kind, hidden, 16), kind.item, ACTIVATIONS[last]
     finish = finishing(f32, hidden)
-    sums_memory = stack(types.int32, BLOCK * PANEL)
+    sums_memory = stack(types.int32, MOST_ROWS * PANEL)
     own_memory = stack(types.int8, OWN_SCRATCH)
     header, last_fields, fields = len(HEADER), len(LAST), len(HIDDEN)
 
@@ -136,18 +137,18 @@ def build(kind: Int8 | Float, hidden: tuple[str, ...], last: str, normed: bool, 
     finish_last = inlined(in_tiles if tiled else one_by_one)
 
     def mlp(net, scratch, inputs, first, last_row, m, y):
-        layers, outputs, widest, count, columns, members, mean_std, ones, member_size = (
+        layers, outputs, widest, count, columns, members, mean_std, ones, member_size, block = (
             load(i64(net), 0), load(i64(net), 1), load(i64(net), 2), load(i64(net), 3), load(i64(net), 4),
-            load(i64(net), 5), load(i64(net), 6), load(i64(net), 7), load(i64(net), 8),
+            load(i64(net), 5), load(i64(net), 6), load(i64(net), 7), load(i64(net), 8), load(i64(net), 9),
         )  # fmt: skip
         sums, own = sums_memory(), own_memory()
         if scratch == 0:
             scratch = own
-        taken = scratch + BLOCK * 4
-        h = taken + BLOCK * widest * item
-        ys = h + BLOCK * widest * 4
-        for begin in range(first, last_row, BLOCK):
-            rows = min(BLOCK, last_row - begin)
+        taken = scratch + block * 4
+        h = taken + block * widest * item
+        ys = h + block * widest * 4
+        for begin in range(first, last_row, block):
+            rows = min(block, last_row - begin)
             for e in range(members):
                 member = net + (header + 2 * count + e * member_size) * 8
                 width = columns
