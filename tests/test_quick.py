@@ -14,6 +14,9 @@ import rewardzip as rz
 
 quick = pytest.importorskip("rewardzip_kernels.cpu.quick")
 
+from rewardzip_kernels.cpu.instruction_sets import choose  # noqa: E402
+from rewardzip_kernels.cpu.tile import PairsBFloat16  # noqa: E402
+
 
 @pytest.fixture(params=["machine code", "python"])
 def form(request, monkeypatch):
@@ -63,6 +66,8 @@ def rows(name, *shape):
 
 
 def test_a_layer_settles_rows_of_its_type():
+    if not PairsBFloat16.multiplies(choose()):
+        pytest.skip("this processor does not multiply bfloat16")
     fast = MODELS["a layer, bfloat16"]()
     (layer,), x = fast, rows("a layer, bfloat16", 4)
     fast(x)
