@@ -102,7 +102,9 @@ def find(case, recipes, **options):
     return search(model, data, recipes=recipes, batch=64, **{"progress": False, **options})
 
 
-def test_the_smallest_within_the_gate_is_chosen(case):
+def test_the_smallest_within_the_gate_is_chosen(case, monkeypatch):
+    # of three times the gain, on a machine with other work as well
+    monkeypatch.setattr(importlib.import_module("rewardzip.search"), "SECONDS", 0.2)
     before = {k: v.clone() for k, v in case[0].state_dict().items()}
     found = find(case, [(Cut(64),), (Cut(192),), (Cut(232),)])
     assert found.recipe == (Cut(192),)
