@@ -70,14 +70,14 @@ def to_bfloat16(x):
 ROUNDINGS = {"float32": as_it_is, "float16": to_float16, "bfloat16": to_bfloat16}
 
 
-def copy(rounded):
+def copy(source, target, converted, zero):
     @inlined
     def fill(x_address, k, padded, _, copy_address):
-        x, y = f32(x_address), f32(copy_address)
+        x, y = source(x_address), target(copy_address)
         for i in range(k):
-            store(y, i, rounded(load(x, i)))
+            store(y, i, converted(load(x, i)))
         for i in range(k, padded):
-            store(y, i, float32(0))
+            store(y, i, zero)
         return float32(1)
 
     return fill
@@ -90,34 +90,16 @@ def upper_half(x):
     return uint16(as_bits(value if value == value else NAN) >> int32(16) & int32(0xFFFF))
 
 
-@inlined
-def halve(x_address, k, padded, _, copy_address):
-    x, y = f32(x_address), u16(copy_address)
-    for i in range(k):
-        store(y, i, upper_half(load(x, i)))
-    for i in range(k, padded):
-        store(y, i, uint16(0))
-    return float32(1)
-
-
-@inlined
-def copy_halves(x_address, k, padded, _, copy_address):
-    x, y = u16(x_address), u16(copy_address)
-    for i in range(k):
-        store(y, i, load(x, i))
-    for i in range(k, padded):
-        store(y, i, uint16(0))
-    return float32(1)
-
-
 def take_rows(kind):
     """Rows where they lie, ``stride`` values apart, to what the tile of this kind reads, with a scale for each row."""
     if isinstance(kind, Int8):
         fill = quantize(kind.isa.zero_point)
+    elif isinstance(kind, RowsBFloat16):
+        fill = copy(u16, u16, as_it_is, uint16(0))
     elif isinstance(kind, PairsBFloat16):
-        fill = copy_halves if isinstance(kind, RowsBFloat16) else halve
+        fill = copy(f32, u16, upper_half, uint16(0))
     else:
-        fill = copy(ROUNDINGS[kind.rows_dtype])
+        fill = copy(f32, f32, ROUNDINGS[kind.rows_dtype], float32(0))
     item, size = kind.item, kind.rows_bytes
 
     @inlined
