@@ -159,7 +159,7 @@ def export(
         seeded = torch.Generator().manual_seed(0)
         # it prints what it wrote
         with redirect_stdout(io.StringIO() if as_json else sys.stdout):
-            made = export(load(model), path, tuple(torch.randn(256, k, generator=seeded) for k in width))
+            made = export(load(model), path, tuple(torch.randn(256, k, generator=seeded, device="cpu") for k in width))
         if as_json:
             typer.echo(_json(made))
 

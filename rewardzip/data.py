@@ -92,7 +92,7 @@ class Data:
         held = round(share * len(self))
         if held in (0, len(self)):
             raise ValueError(f"data: {len(self)} rows are too few to hold {share:.0%} back")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")
         return self[order[held:]], self[order[:held]]
 
     def batches(self, size: int) -> Iterator[Data]:

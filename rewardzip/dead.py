@@ -28,7 +28,7 @@ def living(model: nn.Module, keep: Container[str] = ()) -> Kept:
     keep = {name for name, layer in layers.items() if name in keep or not _own(layer, times)}
     sizes = {name: layer.out_features for name, layer in layers.items()}
     found: dict[str, Any] = {
-        name: torch.ones(sizes[name], dtype=torch.bool)
+        name: torch.ones(sizes[name], dtype=torch.bool, device="cpu")
         for name in channels.layers
         if name not in keep and name not in channels.fixed and sizes[name] > 1 and channels.readers(name)
     }

@@ -99,7 +99,9 @@ class Distil(Step):
 
     def make(self, model: nn.Module, data: Data, seed: int) -> nn.Module:
         """A student that has learned nothing yet, where the model is."""
-        with torch.random.fork_rng():
+        out = None if isinstance(self.student, str) or isinstance(model, RewardMLP) else run(model, data[:2])
+        # made on the CPU, where a seed gives the same student whatever the machine
+        with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed)
             if isinstance(self.student, str):
                 module, _, function = self.student.partition(":")
@@ -117,9 +119,8 @@ class Distil(Step):
             elif isinstance(model, RewardMLP):
                 student = RewardMLP(model.state_dim, model.action_dim, self.student)
             else:
-                out = run(model, data[:2])
                 sizes = [t[0].numel() for t in data.inputs]
-                student = MLP(sizes, self.student, None if out.dim() == 1 else out.shape[1])
+                student = MLP(sizes, self.student, None if out is None or out.dim() == 1 else out.shape[1])
         return student.to(device_of(model))
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:

@@ -54,9 +54,9 @@ class Transitions:
             raise ValueError(f"EPIC: {lengths[0]} transitions are too few; it takes {LEAST_ROWS}")
         self.discount, self.seed = discount, seed
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(lengths[0], generator=generator)[:ROWS]
+        rows = torch.randperm(lengths[0], generator=generator, device="cpu")[:ROWS]
         self.action, self.reached = (
-            t[torch.randint(len(t), (SAMPLES,), generator=generator)] for t in (actions, states)
+            t[torch.randint(len(t), (SAMPLES,), generator=generator, device="cpu")] for t in (actions, states)
         )
         self.rows = states[rows], actions[rows], next_states[rows]
 
@@ -88,7 +88,7 @@ class Transitions:
                 raise ValueError(f"EPIC: the {name} reward is inf or NaN somewhere")
         drawn, generator = [], torch.Generator().manual_seed(self.seed + 1)
         for _ in range(draws):
-            picks = torch.randint(len(x), (len(x),), generator=generator)
+            picks = torch.randint(len(x), (len(x),), generator=generator, device="cpu")
             drawn.append(pearson_distance(x, y, torch.bincount(picks, minlength=len(x)).double()))
         return Figure.of(pearson_distance(x, y), drawn)
 

@@ -70,7 +70,7 @@ def evaluate(
         checks = [finite(new), varies(new), batch_invariance(before, after, inputs, old, new, batches)]
         sound = all(check.passed for check in checks[:2])
         show(*next(now))
-        rows = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
+        rows = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed), device="cpu")[:MOST_ROWS]
         each = [compare(x, y, seed=seed) for x, y in zip(old[rows].T, new[rows].T, strict=True)] if sound else []
         figures = worst(each)
         if sound and old.shape[1] > 1:
@@ -189,7 +189,7 @@ def _against_truth(
 
 def _played(returns: Returns, model: nn.Module, seed: int) -> Figure:
     got = returns(model)
-    episodes = torch.as_tensor(got, dtype=torch.float64)
+    episodes = torch.as_tensor(got, dtype=torch.float64, device="cpu")
     return Figure(float(episodes)) if episodes.dim() == 0 else Figure.mean(episodes, seed)
 
 

@@ -52,7 +52,7 @@ class Figure:
 
     @classmethod
     def of(cls, value: float, drawn: list[float]) -> Figure:
-        values = torch.tensor([v for v in drawn if math.isfinite(v)], dtype=torch.float64)
+        values = torch.tensor([v for v in drawn if math.isfinite(v)], dtype=torch.float64, device="cpu")
         if not len(values):
             return cls(value)
         low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
@@ -62,7 +62,9 @@ class Figure:
     def mean(cls, values: Tensor, seed: int = 0) -> Figure:
         """The mean of one value a row."""
         values = values.double()
-        picks = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(seed))
+        picks = torch.randint(
+            len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         return cls.of(float(values.mean()), values[picks].mean(1).tolist())
 
 
@@ -106,7 +108,9 @@ def compare(before: Tensor, after: Tensor, *, n: int = 16, draws: int = DRAWS, s
     measure = _Measure(before, after, n, seed)
     generator = torch.Generator().manual_seed(seed)
     values = measure(measure.all)
-    drawn = [measure(torch.randint(len(before), (len(before),), generator=generator)) for _ in range(draws)]
+    drawn = [
+        measure(torch.randint(len(before), (len(before),), generator=generator, device="cpu")) for _ in range(draws)
+    ]
     figures = {name: Figure.of(value, [d[name] for d in drawn]) for name, value in values.items()}
     # rows drawn anew say nothing of what lies beyond the largest error among them
     return {**figures, "max_error": Figure(float((before - after).abs().max()))}
@@ -130,7 +134,7 @@ class _Measure:
 
     def __init__(self, before: Tensor, after: Tensor, n: int, seed: int) -> None:
         self.before, self.after, self.n = before, after, n
-        self.all = torch.arange(len(before))
+        self.all = torch.arange(len(before), device="cpu")
         self.pairs = i, j = _pairs(len(before), PAIRS, seed)
         first, second = (before[i] - before[j]).sign(), (after[i] - after[j]).sign()
         # [pairs, 4]: kept, reversed, not tied before, not tied after
@@ -139,7 +143,7 @@ class _Measure:
         # rows with equal rewards are one level
         self.levels = [r.unique(return_inverse=True)[1] for r in (before, after)]
         generator = torch.Generator().manual_seed(seed + 1)
-        self.groups = torch.randint(len(before), (GROUPS, n), generator=generator)
+        self.groups = torch.randint(len(before), (GROUPS, n), generator=generator, device="cpu")
 
     def __call__(self, rows: Tensor) -> dict[str, float]:
         weights = torch.bincount(rows, minlength=len(self.before)).double()
@@ -180,7 +184,7 @@ class _Measure:
 def pearson_distance(before: Tensor, after: Tensor, weights: Tensor | None = None) -> float:
     """sqrt((1 - r) / 2), r being Pearson's correlation: 0 for the same reward up to a positive scale and a shift, 1 for
     its opposite."""
-    weights = torch.ones(len(before), dtype=torch.float64) if weights is None else weights
+    weights = torch.ones(len(before), dtype=torch.float64, device="cpu") if weights is None else weights
     # half the root mean square between the standardised rewards: the same number, and exact near 0
     x, y = (_standardised(r.double(), weights) for r in (before, after))
     return float((weights @ (x - y).square() / weights.sum()).sqrt() / 2)
@@ -198,7 +202,7 @@ def _middle_ranks(level: Tensor, weights: Tensor) -> Tensor:
 
 def _pairs(rows: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
     if rows * (rows - 1) // 2 <= most:
-        i, j = torch.triu_indices(rows, rows, 1)
+        i, j = torch.triu_indices(rows, rows, 1, device="cpu")
     else:
-        i, j = torch.randint(rows, (2, most), generator=torch.Generator().manual_seed(seed))
+        i, j = torch.randint(rows, (2, most), generator=torch.Generator().manual_seed(seed), device="cpu")
     return i, j

@@ -110,7 +110,7 @@ def fit(
             for step in range(len(losses), steps):
                 if early_stop and step - best["step"] >= early_stop:
                     break
-                pick = torch.randint(len(rows), (size,), generator=generator)
+                pick = torch.randint(len(rows), (size,), generator=generator, device="cpu")
                 with autocast:
                     cost = objective(rows[team.share(pick)].to(device))
                 optimizer.zero_grad(set_to_none=True)

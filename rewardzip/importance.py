@@ -25,7 +25,7 @@ def scored(
     the block; or random numbers."""
     counts = _blocks(torch.ones_like(weight), block)
     if importance == "random":
-        return torch.rand(counts.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+        return torch.rand(counts.shape, generator=generator, dtype=weight.dtype, device="cpu").to(weight.device)
     if importance == "magnitude":
         return _blocks(weight.abs(), block) / counts
     assert inputs is not None

@@ -224,7 +224,7 @@ def _slopes(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[Any], 
         if not found or not isinstance(outputs, Tensor):
             return {}
         # random signs: in the mean, the squares of all outputs' derivatives add up
-        signs = torch.randint(2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+        signs = torch.randint(2, outputs.shape, generator=generator, device="cpu").to(outputs) * 2 - 1
         grads = torch.autograd.grad(
             (outputs * signs).sum(), [p for calls in found.values() for p in calls], materialize_grads=True
         )

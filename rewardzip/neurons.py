@@ -45,7 +45,7 @@ def neuron_scores(
     for name in layers:
         weight = dense(channels.model.get_submodule(name))
         if importance == "random":
-            found[name] = torch.rand(len(weight), generator=generator, dtype=torch.float64)
+            found[name] = torch.rand(len(weight), generator=generator, dtype=torch.float64, device="cpu")
         elif importance == "second-order":
             found[name] = _eliminated(channels, name, inputs)
         else:
@@ -90,10 +90,10 @@ def _eliminated(channels: Channels, layer: str, inputs: dict[str, Moments]) -> T
     readers = {r for r, _ in places}
     weights = {r: (dense(channels.model.get_submodule(r)) * inputs[r].steepness[:, None].sqrt())[None] for r in readers}
     inverses = {r: torch.linalg.inv(damped(inputs[r].covariance))[None] for r in readers}
-    scores = torch.full((width,), torch.inf, dtype=torch.float64)
+    scores = torch.full((width,), torch.inf, dtype=torch.float64, device="cpu")
     so_far = 0.0
     for _ in range(width - 1):
-        loss = torch.zeros(width, dtype=torch.float64)
+        loss = torch.zeros(width, dtype=torch.float64, device="cpu")
         for r, start in places:
             here = slice(start, start + width)
             own = inverses[r][0].diagonal()[here]
@@ -138,7 +138,7 @@ def shrink(channels: Channels, kept: Kept) -> list[str]:
             continue
         if columns is not None:
             readers.append(name)
-            none = [torch.zeros(part.width or 0) for part in parts]
+            none = [torch.zeros(part.width or 0, device="cpu") for part in parts]
             known = torch.cat([none[i].bool() if p.known is None else p.known.cpu() for i, p in enumerate(parts)])
             values = torch.cat([none[i] if p.values is None else p.values.cpu() for i, p in enumerate(parts)])
             gone = (known & ~columns).to(module.weight.device)
@@ -153,7 +153,7 @@ def shrink(channels: Channels, kept: Kept) -> list[str]:
 
 
 def _stays(layer: str | None, width: int, kept: Kept) -> Tensor:
-    return kept[layer].cpu() if layer in kept else torch.ones(width, dtype=torch.bool)
+    return kept[layer].cpu() if layer in kept else torch.ones(width, dtype=torch.bool, device="cpu")
 
 
 @torch.no_grad()
@@ -165,8 +165,8 @@ def _narrow(linear: Any, rows: Tensor | None, columns: Tensor | None) -> None:
     if held:
         settle(linear)
     device = linear.weight.device
-    rows = torch.ones(linear.out_features, dtype=torch.bool) if rows is None else rows.cpu()
-    columns = torch.ones(linear.in_features, dtype=torch.bool) if columns is None else columns
+    rows = torch.ones(linear.out_features, dtype=torch.bool, device="cpu") if rows is None else rows.cpu()
+    columns = torch.ones(linear.in_features, dtype=torch.bool, device="cpu") if columns is None else columns
     rows, columns = rows.to(device), columns.to(device)
     linear.weight = nn.Parameter(linear.weight[rows][:, columns], linear.weight.requires_grad)
     if linear.bias is not None:

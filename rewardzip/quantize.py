@@ -25,7 +25,7 @@ from .nn import CompressedLinear, GridLinear, Int8Linear, ShiftedLinear
 from .steps import Step, Work, check_numbers
 from .swap import install
 
-CANDIDATES = torch.linspace(1.0, 0.2, 81).tolist()
+CANDIDATES = [1 - 0.01 * i for i in range(81)]
 """Shares of the full range among which the one with the least squared error is looked for."""
 
 

@@ -67,7 +67,7 @@ class Scorer:
         """(width, or None for a number a row, and numpy type) of each output, from two rows of zeros."""
         shapes = [(2, width) for width in self.plan.widths]
         try:
-            given = self.run(model, [torch.zeros(shape, dtype=self.dtype) for shape in shapes])
+            given = self.run(model, [torch.zeros(shape, dtype=self.dtype, device="cpu") for shape in shapes])
         except Exception as error:  # whatever the model's code raises for inputs it does not take
             raise ValueError(
                 f"score: {type(model).__name__} cannot take inputs of the shapes {shapes}, which the columns make: "

@@ -158,7 +158,7 @@ class _Bench:
         self.model, self.rows, self.gate, self.returns, self.seed = model, rows, gate, returns, seed
         device = device_of(model)
         self.inputs = tuple(t.to(device) for t in judged.inputs)
-        part = torch.arange(batch) % len(judged)
+        part = torch.arange(batch, device="cpu") % len(judged)
         self.timed = tuple(t[part.to(device)] for t in self.inputs)
         with eval_mode(model):
             self.before = outputs(model, self.inputs)
@@ -182,7 +182,7 @@ class _Bench:
             taken = interleaved(calls, device_of(small), SECONDS)
         played = None
         if self.returns and at(recipe, RUNGS[rung]) == recipe:
-            played = float(torch.as_tensor(self.returns(small), dtype=torch.float64).mean())
+            played = float(torch.as_tensor(self.returns(small), dtype=torch.float64, device="cpu").mean())
         return {
             "smaller": self.disk / size(small).disk,
             # others on the machine slow calls and never speed them: the tenth percentile is the least disturbed

@@ -85,7 +85,7 @@ def mlp_of(state: dict[str, Tensor], activation: str, file: str) -> nn.Sequentia
     layers: list[nn.Module] = []
     for prefix, weight in weights.items():
         bias = state.get(f"{prefix}bias")
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
         linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
         layers += [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1]).eval()

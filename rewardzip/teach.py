@@ -124,7 +124,9 @@ class _Both(nn.Module):
             if names:
                 student(*first)
             mine = [self.seen[name].flatten(1).shape[1] for name in names]
-            self.maps = nn.ModuleList(nn.Linear(*sizes) for sizes in zip(mine, widths, strict=True)).to(first[0].device)
+            self.maps = nn.ModuleList(nn.Linear(*sizes, device="cpu") for sizes in zip(mine, widths, strict=True)).to(
+                first[0].device
+            )
 
     def _note(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -92,7 +92,8 @@ def machine(device: torch.device | str = "cpu") -> str:
 
 
 def _timing(taken: list[float]) -> Timing:
-    p10, p50, p90 = torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    seconds, points = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (taken, (0.1, 0.5, 0.9)))
+    p10, p50, p90 = seconds.quantile(points).tolist()
     return Timing(p50, p10, p90)
 
 

@@ -52,4 +52,4 @@ def transitions(steps: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tens
         state = environment.reset(options=EVERYWHERE)[0] if step % EPISODE == 0 else after
     environment.close()
     stacked = [torch.from_numpy(np.stack(rows)) for rows in (states, actions, afters)]
-    return stacked[0], stacked[1], torch.tensor(rewards), stacked[2]
+    return stacked[0], stacked[1], torch.tensor(rewards, device="cpu"), stacked[2]

@@ -32,17 +32,17 @@ class PackedBlocks:
             self.start = padded.sum(1, dtype=torch.int32).mul_(-128)
         else:
             self.pieces = found.values.float().transpose(1, 2).contiguous()
-            self.start = torch.zeros(padded.shape[0], dtype=torch.int32)
+            self.start = torch.zeros(padded.shape[0], dtype=torch.int32, device="cpu")
         self.inputs, self.starts = found.columns, found.starts
         self.zeros = torch.zeros_like(self.start)
         tensors = self.pieces, self.start, self.zeros, self.inputs, self.starts
-        self.header = torch.tensor([*(t.data_ptr() for t in tensors), n, k], dtype=torch.int64)
+        self.header = torch.tensor([*(t.data_ptr() for t in tensors), n, k], dtype=torch.int64, device="cpu")
         self.address, self.count, self.stored = self.header.data_ptr(), padded.shape[0] // PANEL, len(self.inputs)
 
     def panel_ranges(self, parts: int) -> list[tuple[int, int]]:
         """The panels in at most ``parts`` runs that hold about as many pieces each."""
-        ends = self.starts[GROUPS::GROUPS].double() + torch.arange(1, self.count + 1) * 1e-3
-        wanted = ends[-1] * torch.arange(1, parts) / parts
+        ends = self.starts[GROUPS::GROUPS].double() + torch.arange(1, self.count + 1, device="cpu") * 1e-3
+        wanted = ends[-1] * torch.arange(1, parts, device="cpu") / parts
         bounds = [0, *(torch.searchsorted(ends, wanted) + 1).tolist(), self.count]
         return [(a, b) for a, b in pairwise(bounds) if a < b]
 

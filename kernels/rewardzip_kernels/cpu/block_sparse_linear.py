@@ -22,6 +22,7 @@ from .block_tile import OUTPUTS, Wide, heights, interleave, piece_sums
 from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
+from .outputs import in_large_pages
 from .pointers import f32, i32, i64, load, stack
 from .quick import settled_rows
 from .rows import take_rows
@@ -133,7 +134,7 @@ class Layer:
 
 @lru_cache(maxsize=256)
 def _ones(n: int) -> Tensor:
-    return torch.ones(n)
+    return torch.ones(n, device="cpu")
 
 
 def block_sparse_linear(
@@ -154,7 +155,7 @@ def block_sparse_linear(
     run = layer.run
     if run is None:
         return block_sparse_linear_reference(x, *numbers, activation, dynamic)
-    y, rows = torch.empty(*x.shape[:-1], n, device=x.device, dtype=torch.float32), dense_rows(x.float())
+    y, rows = in_large_pages(x.new_empty(*x.shape[:-1], n, dtype=torch.float32)), dense_rows(x.float())
     m, stride = rows.shape[0], rows.stride(0)
     x_at, y_at, fixed, panels = rows.data_ptr(), y.data_ptr(), layer.fixed, layer.packed.count
 

@@ -23,6 +23,7 @@ from .engine import kernel
 from .instruction_sets import choose, processor_features
 from .linear import BLOCK
 from .mlp_engine import HIDDEN, LAST, MOST_ROWS, OWN_SCRATCH, build
+from .outputs import in_large_pages
 from .packing import Packed, PackedFloats
 from .pointers import bits_of
 from .tile import PANEL, BFloat16, Float, Float16, Int8, PairsBFloat16, Whole, WholeBFloat16, WholeFloat16
@@ -117,7 +118,7 @@ class Network:
         spread = padded if len(net) == 1 else int
         columns = sum(map(spread, self.pieces))
         widest = -(-max(columns, *(layer.width for layer in net)) // PANEL) * PANEL
-        self.ones = torch.ones(widest)
+        self.ones = torch.ones(widest, device="cpu")
         self.packed = [
             [
                 PackedFloats(t.weight, torch.bfloat16)
@@ -148,7 +149,7 @@ class Network:
                 table += weight.address, scale, self._at(t.bias), names.index(layer.activation)
                 table += bits_of(layer.parameter), self._at(t.gamma), self._at(t.beta), bits_of(layer.eps or 0.0)
         self.widest = widest
-        self.table = torch.tensor(table, dtype=torch.int64)
+        self.table = torch.tensor(table, dtype=torch.int64, device="cpu")
         self.table_at = self.table.data_ptr()
         rows = 4 + widest * (self.kind.item + 4) + (4 * len(networks) * self.outputs if reduce == "mean_std" else 0)
         self.scratch = self.block * rows
@@ -219,13 +220,13 @@ def f({", ".join(names)}):
 def f({", ".join(names)}):
     if {" or ".join(other)}:
         return None
-    y = x0.new({", ".join(f"y{i}" for i in range(len(shape)))})
+    y = {"" if few else "in_large_pages"}(x0.new({", ".join(f"y{i}" for i in range(len(shape)))}))
     {run if few else f"network.rows(address({places}), m, y.data_ptr())"}
     return y
 """
         # the network owns what the table points to
         known = {"FLOAT": FLOAT, "run": self.run, "address": self.address, "network": self, "scratch": threads.scratch}
-        known |= {"call": call}
+        known |= {"call": call, "in_large_pages": in_large_pages}
         place: dict[str, Any] = {**known, "table": self.table_at, "size": self.scratch, "m": m}
         place |= {f"y{i}": size for i, size in enumerate(shape)}
         for x, s, width in zip(names, shapes, self.pieces, strict=True):
@@ -272,7 +273,7 @@ class Gradient:
             turned = [t.weight.t().contiguous() for t in hidden]
             self.packed = [Packed(w) if back is Float else PackedFloats(w) for w in turned]
         self.turned = turned
-        self.back = torch.tensor([packed.address for packed in self.packed], dtype=torch.int64)
+        self.back = torch.tensor([packed.address for packed in self.packed], dtype=torch.int64, device="cpu")
         self.columns = sum(network.pieces)
         self.scratch = 4 * BLOCK * (1 + network.widest * (len(network.layers) + 2))
 
@@ -370,7 +371,7 @@ def fused_mlp(
         for x, row, width in zip(inputs, rows, plan.pieces, strict=True):
             places += row.data_ptr(), width if row is x else row.stride(0)
         at = plan.address(*places)
-    y = inputs[0].new_empty(*shape)
+    y = in_large_pages(inputs[0].new_empty(*shape))
     plan.rows(at, m, y.data_ptr())
     return y
 

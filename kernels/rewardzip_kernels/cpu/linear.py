@@ -17,6 +17,7 @@ from ..checks import dense_rows
 from . import threads
 from .engine import kernel
 from .instruction_sets import choose
+from .outputs import in_large_pages
 from .pointers import i64, load, stack
 from .quick import settled_rows
 from .rows import take_rows
@@ -86,7 +87,7 @@ def linear(
         return None
     layer = weights()
     n, k = layer.n, layer.k
-    y = x.new_empty((*x.shape[:-1], n))
+    y = in_large_pages(x.new_empty((*x.shape[:-1], n)))
     if x.dim() != 2 or x.stride(1) != 1:
         x = dense_rows(x)
     m, stride = x.shape[0], x.stride(0)

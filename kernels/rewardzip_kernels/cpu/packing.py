@@ -24,7 +24,7 @@ class Packed:
         self.start = padded.sum(1, dtype=torch.int32).mul_(-128)
         self.zeros = torch.zeros_like(self.start)
         header = [self.panels.data_ptr(), self.start.data_ptr(), self.zeros.data_ptr(), n, k]
-        self.header = torch.tensor(header, dtype=torch.int64)
+        self.header = torch.tensor(header, dtype=torch.int64, device="cpu")
         self.address = self.header.data_ptr()
 
 
@@ -39,9 +39,9 @@ class PackedFloats:
         padded = torch.nn.functional.pad(weight.to(dtype), (0, -k % 4, 0, -n % PANEL))
         parts = padded.view(-1, PANEL, padded.shape[1] // 4, 4 // together, together)
         self.panels = parts.permute(0, 2, 3, 1, 4).contiguous()
-        self.zeros = torch.zeros(len(padded))
+        self.zeros = torch.zeros(len(padded), device="cpu")
         header = [self.panels.data_ptr(), self.zeros.data_ptr(), self.zeros.data_ptr(), n, k]
-        self.header = torch.tensor(header, dtype=torch.int64)
+        self.header = torch.tensor(header, dtype=torch.int64, device="cpu")
         self.address = self.header.data_ptr()
 
 

@@ -274,7 +274,7 @@ def _found() -> tuple[int, Any, Any] | None:
 
 
 def _tensor_at() -> int | None:
-    tensor = torch.empty(1)
+    tensor = torch.empty(1, device="cpu")
     for at in (16, 24):
         words = ctypes.cast(id(tensor) + at, ctypes.POINTER(ctypes.c_uint64))
         if words[0] == tensor._cdata:

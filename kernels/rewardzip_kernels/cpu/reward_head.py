@@ -44,7 +44,7 @@ def reward_head(
     if network.run is None:
         return reward_head_reference(x, weight, scale, bias, head_weight, head_bias, activation, compute_dtype)
     rows = dense_rows(x.float()).contiguous()
-    y = torch.empty(len(rows), head_weight.shape[0], dtype=torch.float32)
+    y = torch.empty(len(rows), head_weight.shape[0], dtype=torch.float32, device="cpu")
     if len(rows):
         network.rows(network.address(rows.data_ptr(), rows.shape[1]), len(rows), y.data_ptr())
     return y.to(x.dtype).reshape(*x.shape[:-1], head_weight.shape[0])

@@ -21,6 +21,7 @@ from .engine import kernel
 from .instruction_sets import choose
 from .linear import BLOCK
 from .nonzeros import nonzero_sums
+from .outputs import in_large_pages
 from .pointers import f32, i32, load, stack, store
 from .quick import settled_rows
 
@@ -84,7 +85,7 @@ class Stored:
         self.n = starts.numel() - 1
         self.values = values.contiguous() if values.dtype == torch.int8 else values.float().contiguous()
         self.columns, self.starts = columns.contiguous(), starts.clone()
-        self.ones, self.zeros = torch.ones(self.n), torch.zeros(self.n)
+        self.ones, self.zeros = torch.ones(self.n, device="cpu"), torch.zeros(self.n, device="cpu")
         self.addresses = self.starts.data_ptr(), self.values.data_ptr(), self.columns.data_ptr()
         self.work = int(starts[-1])
 
@@ -118,7 +119,7 @@ def sparse_rows_linear(
     stored = _kept((values, columns, starts), in_features)
     rows = dense_rows(x.float())
     (m, k), stride, n = rows.shape, rows.stride(0), stored.n
-    y = torch.empty((*x.shape[:-1], n))
+    y = in_large_pages(x.new_empty(*x.shape[:-1], n, dtype=torch.float32))
     scale = stored.ones if scale is None else scale.contiguous()
     bias = stored.zeros if bias is None else bias.contiguous()
     fixed = *stored.addresses, scale.data_ptr(), bias.data_ptr(), parameter, k, n, stride

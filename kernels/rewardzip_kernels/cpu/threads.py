@@ -31,7 +31,7 @@ _away_from = -1
 def scratch(size: int) -> int:
     """The address of ``size`` bytes that are this thread's own until its next call."""
     if _local.size < size:
-        _local.memory, _local.size = torch.empty(size, dtype=torch.uint8), size
+        _local.memory, _local.size = torch.empty(size, dtype=torch.uint8, device="cpu"), size
         _local.address = _local.memory.data_ptr()
     return _local.address
 
