@@ -98,7 +98,7 @@ def providers(layer: nn.Linear, x: Tensor, compile: bool = True) -> dict[str, Ca
         "AMP bf16, training": lambda: amp(layer, x, torch.bfloat16, True),
         "AMP fp16": lambda: amp(layer, x, torch.float16, False) if gpu else None,
         "bf16": lambda: dense(layer, x, torch.bfloat16),
-        "fp16": lambda: dense(layer, x, torch.float16) if gpu else None,
+        "fp16": lambda: dense(layer, x, torch.float16),
         "compile": lambda: compiled(layer, x, "default") if compile else None,
         "compile, reduce-overhead": lambda: compiled(layer, x, "reduce-overhead") if compile and gpu else None,
         "compile, max-autotune": lambda: compiled(layer, x, "max-autotune") if compile and gpu else None,

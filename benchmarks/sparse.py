@@ -33,12 +33,12 @@ SIZES = (256, 1024, 4096)
 ROWS = (1, 32, 1024, 65536)
 SPARSITY = (0.5, 0.75, 0.9, 0.95)
 BLOCKS = {"cpu": ((16, 4), (64, 64)), "cuda": ((64, 64), (32, 32), (16, 4))}
-DENSE = ("fp32", "AMP bf16", "fp16", "rewardzip int8", "rewardzip int8 x int8")
+DENSE = ("fp32", "AMP bf16", "bf16", "fp16", "rewardzip int8", "rewardzip int8 x int8")
 
 # multiply-adds of the dense layer; on a CPU, cells beyond it take minutes, and have one shape of blocks
 CPU_WORK = 1e11
-# and those that torch's CSR makes there, about a nanosecond each
-CSR_WORK = 5e9
+# those that torch's CSR makes there, about a nanosecond each, and those of fp16, a twelfth of one
+CSR_WORK, FP16_WORK = 5e9, 5e10
 # seconds after which a cell has each call timed three times alone
 LONGEST = 5.0
 # rows that are enough to tell a wrong result
@@ -91,6 +91,8 @@ def ways(layer: nn.Linear, x: Tensor, block: tuple[int, int]) -> tuple[dict[str,
     some = slice(None, None, -(-len(x) // CHECKED))
     exact = torch.relu(x[some].double() @ layer.weight.double().t() + layer.bias.double())
     dense = {name: call for name, call in providers(layer, x, compile=False).items() if name in DENSE}
+    if not x.is_cuda and len(x) * layer.weight.numel() > FP16_WORK:
+        del dense["fp16"]
     made = {name: Way(call, rows_dtype(name), layer.weight.numel()) for name, call in dense.items()}
     if x.is_cuda or len(x) * layer.weight.count_nonzero() < CSR_WORK:
         made["torch CSR"] = csr(layer, x)
