@@ -70,7 +70,7 @@ def register(
         x = args[0]
         if torch.compiler.is_compiling():
             return op(*args)
-        if not nobody_listens(x):
+        if not nobody_listens(x) or _negated(x):
             refuse_forward_mode(name, x)
             return op(*args)
         if type(x) is list:
@@ -80,6 +80,11 @@ def register(
         return cpu(*args) if x.is_cpu else op(*args)
 
     return call
+
+
+def _negated(x: Any) -> bool:
+    """Whether numbers stand in memory with the other sign, as the imaginary parts of a conjugate do: torch knows."""
+    return x.is_neg() if type(x) is Tensor else any(tensor.is_neg() for tensor in x)
 
 
 def refuse_forward_mode(name: str, x: Any) -> None:

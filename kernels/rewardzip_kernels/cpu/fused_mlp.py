@@ -212,7 +212,8 @@ def f({", ".join(names)}):
 """
         else:
             other = [f"{x}.shape != {x}_shape" for x in names[1:]]
-            other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu or not {x}.is_contiguous()" for x in names]
+            other += [f"{x}.dtype is not FLOAT or not {x}.is_cpu" for x in names]
+            other += [f"not {x}.is_contiguous() or {x}.is_neg()" for x in names]
             places = ", ".join(f"{x}.data_ptr(), {x}_width" for x in names)
             run = f"run(table, {'0' if own else 'scratch(size)'}, address({places}), 0, m, m, y.data_ptr())"
             # ``new`` is ``new_empty``, a tenth of a microsecond faster, but for the shape ()

@@ -32,7 +32,7 @@ from .pointers import bits_of, i64, load, stack, store
 WORDS = 64
 HEADER = (
     "none", "tensor_type", "tensor_at", "run", "inputs", "words", "y_dim", "y_at", "scratch_at", "table_at",
-    "table_from", "watched", "version", "dtype",
+    "table_from", "watched", "version", "dtype", "keys_at", "negated",
 )  # fmt: skip
 DTYPES, CPU, STRIDED = {torch.float32: 6, torch.bfloat16: 15}, 0, 0
 
@@ -79,9 +79,9 @@ def _build_settled():
             load(i64(block), 0), load(i64(block), 1), load(i64(block), 2), load(i64(block), 3), load(i64(block), 4),
             load(i64(block), 5), load(i64(block), 6),
         )  # fmt: skip
-        y_at, scratch_at, table_at, table_from, watched, version, dtype = (
+        y_at, scratch_at, table_at, table_from, watched, version, dtype, keys_at, negated = (
             load(i64(block), 7), load(i64(block), 8), load(i64(block), 9), load(i64(block), 10), load(i64(block), 11),
-            load(i64(block), 12), load(i64(block), 13),
+            load(i64(block), 12), load(i64(block), 13), load(i64(block), 14), load(i64(block), 15),
         )  # fmt: skip
         words, small = _words_memory(), _small_memory()
         at = block + header * 8
@@ -112,7 +112,8 @@ def _build_settled():
             if fits:
                 store(i64(small), 2, 0)
                 failed = _sizes(x, small) + _data(x, small + 8) + _is_contiguous(x, small + 16)
-                fits = failed == 0 and load(i64(small), 2) != 0
+                keys = load(i64(load(i64(x), 0) + keys_at), 0)
+                fits = failed == 0 and load(i64(small), 2) != 0 and keys & negated == 0
                 sizes = load(i64(small), 0)
                 for j in range(dim):
                     fits = fits and load(i64(sizes), j) == load(i64(at), 2 + j)
@@ -182,14 +183,15 @@ def settled(
     found, dim, code = _found(), len(shape), run.__self__
     if found is None or len(words) > WORDS or dim > 8 or any(len(s) > 8 for s, _ in inputs):
         return None
-    at, make, _ = found
+    at, keys, make, _ = found
     letters = code.arguments.ljust(len(words), "i")
     bits = [bits_of(word) if letter == "f" else int(word) for word, letter in zip(words, letters, strict=True)]
     strides = [1] * dim
     for i in reversed(range(dim - 1)):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
     block = [id(None), id(Tensor), at, packed(code), len(inputs), len(words), dim, y_at, scratch_at, *table]
-    block += len(watched), sum([t._version for t in watched]), DTYPES[dtype], *[id(t) + at for t in watched], *bits
+    block += len(watched), sum([t._version for t in watched]), DTYPES[dtype], *keys
+    block += *[id(t) + at for t in watched], *bits
     for size, place in inputs:
         block += len(size), place, *size
     call: Callable[..., Tensor | None] = make(_bytes([*block, *shape, *strides]))
@@ -217,7 +219,7 @@ def settled_rows(
         return _with_scratch(quick, size, (watched, held))
 
     def call(x: Tensor, held: Any = held) -> Tensor | None:
-        if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous():
+        if x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or x.is_neg():
             return None
         if sum([t._version for t in watched]) != version:
             return None
@@ -248,7 +250,7 @@ def changed(
     found = _found()
     if found is None:
         return None
-    at, _, make = found
+    at, _, _, make = found
     block = [id(False), id(True), len(entries), len(watched), version, len(moved)]
     for table, key, tensor in entries:
         block += id(table), id(key), 0 if tensor is None and key not in table else id(tensor)
@@ -264,13 +266,15 @@ def _bytes(block: Sequence[int]) -> bytes:
 
 
 @lru_cache
-def _found() -> tuple[int, Any, Any] | None:
-    """Where a tensor lies in its Python object, and what makes the functions; None where this torch is another."""
-    at = _tensor_at()
-    if at is None or not _known_to_llvm():
+def _found() -> tuple[int, tuple[int, int], Any, Any] | None:
+    """Where a tensor lies in its Python object, where in it its keys are and which of their bits says that its numbers
+    stand negated, and what makes the functions; None where this torch is another.
+    """
+    at, keys = _tensor_at(), _keys()
+    if at is None or keys is None or not _known_to_llvm():
         return None
     made = kernel(("settled",), _build_settled), kernel(("changed",), _build_changed)
-    return None if None in made else (at, *made)
+    return None if None in made else (at, keys, *made)
 
 
 def _tensor_at() -> int | None:
@@ -279,6 +283,17 @@ def _tensor_at() -> int | None:
         words = ctypes.cast(id(tensor) + at, ctypes.POINTER(ctypes.c_uint64))
         if words[0] == tensor._cdata:
             return at
+    return None
+
+
+def _keys() -> tuple[int, int] | None:
+    tensor = torch.empty(1, device="cpu")
+    both = tensor, tensor._neg_view()
+    plain, negated = (torch._C._dispatch_keys(t).raw_repr() for t in both)
+    words = [ctypes.cast(t._cdata, ctypes.POINTER(ctypes.c_uint64)) for t in both]
+    for i in range(24):
+        if (words[0][i], words[1][i]) == (plain, negated):
+            return 8 * i, plain ^ negated
     return None
 
 

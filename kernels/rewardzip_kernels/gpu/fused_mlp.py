@@ -330,7 +330,8 @@ class Network:
             return None
         names = [f"x{i}" for i in range(len(inputs))]
         other = [f"{x}.shape != {x}_shape" for x in names[1:]]
-        other += [f"{x}.dtype is not {x}_dtype or {x}.get_device() != device or not {x}.is_contiguous()" for x in names]
+        other += [f"{x}.dtype is not {x}_dtype or {x}.get_device() != device" for x in names]
+        other += [f"not {x}.is_contiguous() or {x}.is_neg()" for x in names]
         other.append(f"({' | '.join(f'{x}.data_ptr()' for x in names)}) & 15")
         shape = y.shape[:-1] if flat else y.shape
         # ``new`` of separate sizes is the fastest there is, but for the shape ()

@@ -281,7 +281,9 @@ def _settled(
     shape, sizes = (*like.shape[:-1], n), (m, n, k, k, *p.constants)
 
     def call(x: Tensor) -> Tensor | None:
-        if x.dtype is not dtype or x.get_device() != device or not x.is_contiguous() or x.data_ptr() & 15:
+        if x.dtype is not dtype or x.get_device() != device or not x.is_contiguous() or x.is_neg():
+            return None
+        if x.data_ptr() & 15:
             return None
         y = x.new(*shape)
         return y if go(x, weight, scale, bias, None, y, *sizes) else None
