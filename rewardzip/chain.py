@@ -231,10 +231,13 @@ def _numbers(linear: Any, norm: nn.LayerNorm | None, hidden: bool) -> Linear:
         weight, scale, bias = linear.weight, None, linear.bias
     else:
         weight, scale, bias = linear.weight.float(), None, linear.bias
-    bias = torch.zeros(n, device=weight.device) if bias is None else bias
+    bias = torch.zeros(n, dtype=torch.float32, device=weight.device) if bias is None else bias
     if norm is None:
         return Linear(weight, bias, scale)
-    ones, zeros = torch.ones(n, device=weight.device), torch.zeros(n, device=weight.device)
+    ones, zeros = (
+        torch.ones(n, dtype=torch.float32, device=weight.device),
+        torch.zeros(n, dtype=torch.float32, device=weight.device),
+    )
     return Linear(
         weight, bias, scale, ones if norm.weight is None else norm.weight, zeros if norm.bias is None else norm.bias
     )
@@ -353,7 +356,7 @@ class Pruned(Wide):
 class Dense(Wide):
     """Layers that are not compressed, in one call on a CPU that adds in another order and changes nothing else."""
 
-    seen: int | None = None
+    seen: tuple[int, list[int]] | None = None
 
     def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
         super().__init__(module, steps)
@@ -377,7 +380,7 @@ class Dense(Wide):
         if is_compiling() or not nobody_listens(inputs):
             return self.one_by_one(*inputs if dim == -1 else (torch.cat(inputs, dim),))
         # numbers that change from call to call, as in training, are not worth packing
-        before, self.seen = self.seen, self.shortcut.versions()
+        before, self.seen = self.seen, self.shortcut.state()
         x = inputs[0]
         much = x.dtype == torch.bfloat16 and self.weights > SMALL_BFLOAT16 and not multiplies_bfloat16()
         much = much and x.is_cpu and x.shape[:-1].numel() * self.weights > MUCH_BFLOAT16

@@ -274,7 +274,7 @@ def _sized(parts: tuple[Part, ...], width: int) -> tuple[Part, ...] | None:
 def _constant(linear: nn.Linear, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
     """Which outputs are the same for every input, since what reaches them is, or meets a zero; and what they are."""
     weight = linear.weight
-    none = [torch.zeros(part.width or 0, device=weight.device) for part in parts]
+    none = [torch.zeros(part.width or 0, dtype=torch.float32, device=weight.device) for part in parts]
     known = torch.cat([none[i].bool() if p.known is None else p.known for i, p in enumerate(parts)])
     values = torch.cat([none[i] if p.values is None else p.values for i, p in enumerate(parts)]).to(weight.dtype)
     return ((weight == 0) | known).all(1), F.linear(values * known, weight, linear.bias)

@@ -10,7 +10,9 @@ def clusters(weight: Tensor, entries: int, rounds: int = 30) -> tuple[Tensor, Te
     """(the entry of each weight, the codebook in rising order): Lloyd's rounds, with no chance in them."""
     flat = weight.detach().flatten().double().sort().values
     sums = torch.cat([flat.new_zeros(1), flat.cumsum(0)])
-    starts = torch.linspace(0, len(flat) - 1, 2 * entries + 1, device=flat.device)[1::2].round().long()
+    starts = (
+        torch.linspace(0, len(flat) - 1, 2 * entries + 1, dtype=torch.float32, device=flat.device)[1::2].round().long()
+    )
     # quantiles follow the crowd and an even spacing reaches the few large weights: half way between the two
     even = torch.linspace(0, 1, entries, device=flat.device, dtype=flat.dtype) * (flat[-1] - flat[0]) + flat[0]
     centres = (flat[starts] + even) / 2

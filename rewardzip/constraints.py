@@ -99,7 +99,7 @@ class Codebook(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The mean of the weights that share an entry."""
         flat, indices = weight.float().flatten(), self.indices.flatten()
-        sums = torch.zeros(self.entries, device=flat.device).index_add_(0, indices, flat)
+        sums = torch.zeros(self.entries, dtype=torch.float32, device=flat.device).index_add_(0, indices, flat)
         counts = torch.bincount(indices, minlength=self.entries).clamp(min=1)
         return self.table(sums / counts).to(weight.dtype)
 

@@ -117,10 +117,10 @@ class Distil(Step):
                     "student='package.module:function'"
                 )
             elif isinstance(model, RewardMLP):
-                student = RewardMLP(model.state_dim, model.action_dim, self.student)
+                student = RewardMLP(model.state_dim, model.action_dim, self.student).float()
             else:
                 sizes = [t[0].numel() for t in data.inputs]
-                student = MLP(sizes, self.student, None if out is None or out.dim() == 1 else out.shape[1])
+                student = MLP(sizes, self.student, None if out is None or out.dim() == 1 else out.shape[1]).float()
         return student.to(device_of(model))
 
     def apply(self, model: nn.Module, work: Work) -> nn.Module:

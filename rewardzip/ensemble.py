@@ -119,7 +119,7 @@ class _Launch:
         self.chains = chains
         self.places: list[tuple[nn.Module, type[nn.Module]]] = []
         self.packed: dict[Any, Any] = {}
-        self.seen: int | None = None
+        self.seen: tuple[int, list[int]] | None = None
         self.alike: Form | None = None
         self.undisturbed: Callable[[nn.ModuleList], bool] = _never
         self.call = threading.local()
@@ -220,7 +220,7 @@ class _Launch:
         if wanted(inputs):
             return _reduced([chain.guided(inputs) for chain in self.chains], reduce)
         # numbers that change from call to call, as in training, are not worth packing
-        before, self.seen = self.seen, self.shortcut.versions()
+        before, self.seen = self.seen, self.shortcut.state()
         if before in (None, self.seen):
             shortcut = self.shortcuts[reduce]
             shortcut.settle(inputs, self.chains[0].describe(widths), compute_for(inputs, None))

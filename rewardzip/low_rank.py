@@ -87,7 +87,9 @@ def decompose(weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tens
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         return left.float(), values.float(), right.float()
     moment = rows.double().T @ rows.double() / len(rows)
-    moment += (1e-6 * moment.diagonal().mean() + TINY) * torch.eye(len(moment), device=weight.device)
+    moment += (1e-6 * moment.diagonal().mean() + TINY) * torch.eye(
+        len(moment), dtype=torch.float32, device=weight.device
+    )
     root = torch.linalg.cholesky(moment)
     left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
     right = torch.linalg.solve_triangular(root, right, upper=False, left=False)

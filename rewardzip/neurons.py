@@ -138,7 +138,7 @@ def shrink(channels: Channels, kept: Kept) -> list[str]:
             continue
         if columns is not None:
             readers.append(name)
-            none = [torch.zeros(part.width or 0, device="cpu") for part in parts]
+            none = [torch.zeros(part.width or 0, dtype=torch.float32, device="cpu") for part in parts]
             known = torch.cat([none[i].bool() if p.known is None else p.known.cpu() for i, p in enumerate(parts)])
             values = torch.cat([none[i] if p.values is None else p.values.cpu() for i, p in enumerate(parts)])
             gone = (known & ~columns).to(module.weight.device)

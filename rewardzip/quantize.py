@@ -226,7 +226,7 @@ def compensated(weight: Tensor, grid: Grid, rows: Tensor, mask: Tensor | None) -
     """
     n, k = weight.shape
     moment = rows.double().T @ rows.double() / len(rows)
-    moment += (0.01 * moment.diagonal().mean() + TINY) * torch.eye(k, device=weight.device)
+    moment += (0.01 * moment.diagonal().mean() + TINY) * torch.eye(k, dtype=torch.float32, device=weight.device)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
     scale, low, high = (grid.spread(t.detach(), k).expand(n, k).double() for t in (grid.scale, grid.low, grid.high))
     left = weight.double().clone()

@@ -18,7 +18,7 @@ from rewardzip_kernels.registration import forward_mode, modes, nobody_listens, 
 
 from .nn import CompressedLinear
 from .nn.base import SHAPES_KEPT
-from .nn.watch import Watch
+from .nn.watch import Watch, samples
 
 Quick = Callable[..., Tensor | None]
 
@@ -69,9 +69,11 @@ class Shortcut:
     def dense(self) -> list[nn.Parameter]:
         return [p for table in self.tables for p in table.values() if p is not None]
 
-    def versions(self) -> int:
-        """How often the dense parameters were written to, as far as that is counted."""
-        return sum([0 if p.is_inference() else p._version for p in self.dense()])
+    def state(self) -> tuple[int, list[int]]:
+        """How often the dense parameters were written to, as far as that is counted, and some of their numbers."""
+        dense = self.dense()
+        written = sum([0 if p.is_inference() else p._version for p in dense])
+        return written, [sample.value for p in dense for sample in samples(p)]
 
     def settle(
         self,

@@ -80,11 +80,11 @@ class _Loss:
     def __call__(self, both: Any, batch: Data) -> Tensor:
         own = Data(batch.inputs[: self.inputs], batch.rewards)
         targets, out = batch.inputs[self.inputs], both(*own.inputs)
-        total = torch.zeros((), device=out.device)
+        total = torch.zeros((), dtype=torch.float32, device=out.device)
         for project, hint, name in zip(both.maps, batch.inputs[self.inputs + 1 :], both.names, strict=True):
             hint = (hint - hint.mean(0)) / (hint.std(0) + 1e-6)
             total = total + F.mse_loss(project(both.seen[name].flatten(1)).float(), hint)
-        task = torch.zeros((), device=out.device)
+        task = torch.zeros((), dtype=torch.float32, device=out.device)
         if batch.rejected is not None:
             lost = both(*batch.rejected[: self.inputs])
             task = -F.logsigmoid((out - lost).float()).mean()
@@ -124,9 +124,9 @@ class _Both(nn.Module):
             if names:
                 student(*first)
             mine = [self.seen[name].flatten(1).shape[1] for name in names]
-            self.maps = nn.ModuleList(nn.Linear(*sizes, device="cpu") for sizes in zip(mine, widths, strict=True)).to(
-                first[0].device
-            )
+            self.maps = nn.ModuleList(
+                nn.Linear(*sizes, device="cpu", dtype=torch.float32) for sizes in zip(mine, widths, strict=True)
+            ).to(first[0].device)
 
     def _note(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Settled calls on a CPU, in machine code and as what stands in where this torch is another: the same to the letter."""
 
 import copy
+import ctypes
 import gc
 import resource
 import sys
@@ -14,6 +15,7 @@ import rewardzip as rz
 
 quick = pytest.importorskip("rewardzip_kernels.cpu.quick")
 
+from rewardzip.nn.watch import samples  # noqa: E402
 from rewardzip_kernels.cpu.instruction_sets import choose  # noqa: E402
 from rewardzip_kernels.cpu.tile import PairsBFloat16  # noqa: E402
 
@@ -234,6 +236,66 @@ def test_what_changes_is_seen(name, form):
         assert not torch.equal(now, before), "a tensor was written to"
         assert torch.allclose(now, copy.deepcopy(fast)(x), atol=1e-5)
         before = fast(x)
+
+
+LEARNING = {
+    "a small net": lambda: rz.swap(mlp(), rz.Fused()),
+    "many outputs": lambda: rz.swap(mlp(64, 40), rz.Fused()),
+    "a dense last layer": lambda: rz.swap(mlp(), rz.Int8(), skip=["4"]),
+    "an ensemble": lambda: rz.fuse_ensemble([mlp(), mlp()], rz.Fused()),
+    "bfloat16": lambda: rz.swap(mlp().bfloat16(), rz.Fused()),
+    "layer by layer": lambda: rz.swap(mlp(320), rz.Fused()),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2000])
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_is_written_through_data_is_seen(name, count, form):
+    """As target networks follow: nothing counts such writes."""
+    fast = LEARNING[name]()
+    dtype = next(p.dtype for p in fast.parameters())
+    x = torch.randn(count, 24, dtype=dtype)
+    for step in range(6):
+        before = fast(x)
+        assert torch.equal(fast(x), before)
+        for p in fast.parameters():
+            p.data.lerp_(torch.randn_like(p.data), 0.3)
+        # one call after each write, and some
+        for _ in range(1 + step % 3):
+            now = fast(x)
+        assert not torch.equal(now, before), f"step {step}"
+        # by torch's layers or by ours, which round bfloat16 at other places
+        afresh = copy.deepcopy(fast)(x).double()
+        assert (now.double() - afresh).norm() < 0.02 * afresh.norm()
+
+
+def test_what_another_process_writes_is_seen(form):
+    fast, x = LEARNING["a small net"]().share_memory(), torch.randn(1, 24)
+    before = fast(x)
+    assert torch.equal(fast(x), before)
+    writer = torch.multiprocessing.get_context("fork").Process(target=_halve, args=(list(fast.parameters()),))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 0
+    assert not torch.equal(fast(x), before)
+    torch.testing.assert_close(fast(x), copy.deepcopy(fast)(x))
+
+
+def _halve(parameters):
+    for p in parameters:
+        p.detach().mul_(0.5)
+
+
+def test_samples_lie_in_the_tensor():
+    for t in (torch.randn(1), torch.randn(3, 5), torch.randn(5, 3).t(), torch.randn(1, 4).expand(6, 4)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            p = t.to(dtype) if t.is_contiguous() else t
+            size = p.untyped_storage().nbytes()
+            places = [ctypes.addressof(c) - p.data_ptr() for c in samples(p)]
+            assert all(place >= 0 and place + 4 <= size for place in places)
+            assert places or size < 4
+    assert samples(torch.empty(0, 4)) == []
+    assert samples(torch.empty(3, 4, device="meta")) == []
 
 
 @pytest.mark.parametrize("part", ["_tensor_at", "_keys"])

@@ -49,7 +49,7 @@ def block_sparse_linear_reference(
     if dynamic:
         rows, row_scale = quantize_rows(rows)
     rows = torch.nn.functional.pad(rows, (0, -in_features % bk)).unflatten(1, (-1, bk))
-    y = torch.empty(rows.shape[0], out_features, device=x.device)
+    y = torch.empty(rows.shape[0], out_features, dtype=torch.float32, device=x.device)
     bounds = starts.tolist()
     for r, (first, last) in enumerate(pairwise(bounds)):
         part = slice(r * bn, min((r + 1) * bn, out_features))

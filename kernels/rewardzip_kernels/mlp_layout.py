@@ -149,7 +149,7 @@ def pack(members: Sequence[Sequence[Linear]], layers: str) -> tuple[Tensor, Tens
     net = layout(layers, stored == torch.int8)
     device = members[0][0].weight.device
     weights = torch.zeros(len(members), net.weights, dtype=stored, device=device)
-    params = torch.zeros(len(members), net.params, device=device)
+    params = torch.zeros(len(members), net.params, dtype=torch.float32, device=device)
     for e, member in enumerate(members):
         if len(member) != len(net.layers):
             raise ValueError(f"pack: member {e} has {len(member)} layers, but {layers!r} has {len(net.layers)}")

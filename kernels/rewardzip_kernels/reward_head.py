@@ -48,7 +48,7 @@ def reward_head_reference(
     activation: str = "none",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    y = torch.zeros(x.shape[:-1].numel(), head_weight.shape[0], device=x.device)
+    y = torch.zeros(x.shape[:-1].numel(), head_weight.shape[0], dtype=torch.float32, device=x.device)
     for part, z in _slices(x, weight, scale, bias, compute_dtype or x.dtype):
         y += activations.apply(z, activation) @ head_weight[:, part].t()
     if head_bias is not None:
@@ -113,7 +113,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, bias, head_weight = ctx.saved_tensors
     entry, parameter = activations.parse(ctx.activation)
     rows = grad.float().reshape(-1, head_weight.shape[0])
-    found = torch.zeros(rows.shape[0], x.shape[-1], device=x.device)
+    found = torch.zeros(rows.shape[0], x.shape[-1], dtype=torch.float32, device=x.device)
     for part, z in _slices(x, weight, scale, bias, ctx.compute_dtype or x.dtype):
         slope = entry.derivative(entry.forward(z, parameter) if entry.from_output else z, parameter)
         inner = (rows @ head_weight[:, part]) * slope

@@ -35,7 +35,7 @@ def sparse24_linear_reference(
     """The weight made dense, then the dense reference."""
     weight = unpack(values, indices, in_features)
     if scale is None:
-        scale = torch.ones(weight.shape[0], device=x.device)
+        scale = torch.ones(weight.shape[0], dtype=torch.float32, device=x.device)
     if compute_dtype == torch.int8:
         return int8_dynamic_linear_reference(x, weight, scale, bias, activation)
     return int8_linear_reference(x, weight, scale, bias, activation, products(x, values, compute_dtype))

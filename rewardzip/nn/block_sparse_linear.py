@@ -72,8 +72,12 @@ class BlockSparseLinear(SparseLinear):
         self.register_buffer("block_values", torch.zeros(stored, *block, dtype=kind, device=device))
         self.register_buffer("block_columns", columns)
         self.register_buffer("block_starts", starts)
-        self.register_buffer("scale", torch.ones(out_features, device=device) if values == "int8" else None)
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer(
+            "scale", torch.ones(out_features, dtype=torch.float32, device=device) if values == "int8" else None
+        )
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
 
     @classmethod
     def from_linear(
@@ -103,7 +107,9 @@ class BlockSparseLinear(SparseLinear):
 
     def kept(self) -> Tensor:
         """[block rows, block columns] of bool: which blocks are stored."""
-        kept = torch.zeros(grid(self.out_features, self.in_features, self.block), device=self.block_starts.device)
+        kept = torch.zeros(
+            grid(self.out_features, self.in_features, self.block), dtype=torch.float32, device=self.block_starts.device
+        )
         kept[row_of_each(self.blocks), self.block_columns.long()] = 1
         return kept.bool()
 

@@ -41,9 +41,11 @@ class GridLinear(CompressedLinear):
         self.bits, self.group, self.dtype = bits, group, dtype
         count, groups = out_features * in_features, (in_features + group - 1) // group
         self.register_buffer("codes", torch.zeros(packed_bytes(count, bits), dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.ones(out_features, groups, device=device))
+        self.register_buffer("scale", torch.ones(out_features, groups, dtype=torch.float32, device=device))
         self.register_buffer("low", torch.zeros(out_features, groups, dtype=torch.int16, device=device))
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
 
     @classmethod
     def from_codes(cls, linear: nn.Linear, codes: Tensor, scale: Tensor, low: Tensor, bits: int, group: int) -> Self:

@@ -44,9 +44,11 @@ class Int8Linear(CompressedLinear):
         self.rows, self.compute_dtype, self.dtype = rows, compute_dtype, dtype
         self.bits = bits
         self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(out_features, device=device))
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
-        self.register_buffer("x_scale", torch.ones(1, device=device) if rows == "static" else None)
+        self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
+        self.register_buffer("x_scale", torch.ones(1, dtype=torch.float32, device=device) if rows == "static" else None)
 
     @classmethod
     def from_linear(
@@ -63,7 +65,7 @@ class Int8Linear(CompressedLinear):
         if rows == "static":
             if x_amax is None or not 0 < x_amax < torch.inf:
                 raise ValueError(f"Int8Linear: rows='static' needs x_amax, the largest input magnitude, got {x_amax}")
-            layer.x_scale = torch.full((1,), x_amax / 127, device=weight.device)
+            layer.x_scale = torch.full((1,), x_amax / 127, dtype=torch.float32, device=weight.device)
         layer.refresh(linear)
         bad = int((~layer.scale.isfinite()).sum())
         if bad:

@@ -39,8 +39,10 @@ class SharedLinear(CompressedLinear):
         self.entries, self.bits, self.dtype = entries, (entries - 1).bit_length(), dtype
         size = packed_bytes(out_features * in_features, self.bits)
         self.register_buffer("indices", torch.zeros(size, dtype=torch.uint8, device=device))
-        self.register_buffer("codebook", torch.zeros(entries, device=device))
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("codebook", torch.zeros(entries, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
 
     @classmethod
     def from_codebook(cls, linear: nn.Linear, indices: Tensor, codebook: Tensor) -> Self:

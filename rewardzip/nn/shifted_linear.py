@@ -32,8 +32,10 @@ class ShiftedLinear(CompressedLinear):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.register_buffer("int8_weight", torch.zeros(out_features, in_features + 1, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(out_features, device=device))
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
 
     @classmethod
     def from_codes(cls, linear: nn.Linear, codes: Tensor, scale: Tensor, low: Tensor) -> Self:

@@ -51,8 +51,8 @@ class Sparse24Linear(SparseLinear):
         self.register_buffer("packed_values", torch.zeros(n, 4, b, dtype=getattr(torch, values), device=device))
         # places 0 and 1 in every group
         self.register_buffer("indices", torch.full((n, b), 0b01000100, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.ones(n, device=device) if values == "int8" else None)
-        self.register_buffer("fp32_bias", torch.zeros(n, device=device) if bias else None)
+        self.register_buffer("scale", torch.ones(n, dtype=torch.float32, device=device) if values == "int8" else None)
+        self.register_buffer("fp32_bias", torch.zeros(n, dtype=torch.float32, device=device) if bias else None)
 
     @classmethod
     def from_linear(

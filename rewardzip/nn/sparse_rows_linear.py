@@ -52,8 +52,12 @@ class SparseRowsLinear(SparseLinear):
         self.register_buffer("packed_values", torch.zeros(nonzeros, dtype=getattr(torch, values), device=device))
         self.register_buffer("columns", torch.zeros(nonzeros, dtype=column_type(in_features), device=device))
         self.register_buffer("starts", torch.zeros(out_features + 1, dtype=torch.int32, device=device))
-        self.register_buffer("scale", torch.ones(out_features, device=device) if values == "int8" else None)
-        self.register_buffer("fp32_bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer(
+            "scale", torch.ones(out_features, dtype=torch.float32, device=device) if values == "int8" else None
+        )
+        self.register_buffer(
+            "fp32_bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, values: Values = "int8") -> Self:

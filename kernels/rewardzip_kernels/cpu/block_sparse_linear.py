@@ -134,7 +134,7 @@ class Layer:
 
 @lru_cache(maxsize=256)
 def _ones(n: int) -> Tensor:
-    return torch.ones(n, device="cpu")
+    return torch.ones(n, dtype=torch.float32, device="cpu")
 
 
 def block_sparse_linear(

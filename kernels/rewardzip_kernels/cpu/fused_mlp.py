@@ -118,7 +118,7 @@ class Network:
         spread = padded if len(net) == 1 else int
         columns = sum(map(spread, self.pieces))
         widest = -(-max(columns, *(layer.width for layer in net)) // PANEL) * PANEL
-        self.ones = torch.ones(widest, device="cpu")
+        self.ones = torch.ones(widest, dtype=torch.float32, device="cpu")
         self.packed = [
             [
                 PackedFloats(t.weight, torch.bfloat16)

@@ -39,7 +39,7 @@ class PackedFloats:
         padded = torch.nn.functional.pad(weight.to(dtype), (0, -k % 4, 0, -n % PANEL))
         parts = padded.view(-1, PANEL, padded.shape[1] // 4, 4 // together, together)
         self.panels = parts.permute(0, 2, 3, 1, 4).contiguous()
-        self.zeros = torch.zeros(len(padded), device="cpu")
+        self.zeros = torch.zeros(len(padded), dtype=torch.float32, device="cpu")
         header = [self.panels.data_ptr(), self.zeros.data_ptr(), self.zeros.data_ptr(), n, k]
         self.header = torch.tensor(header, dtype=torch.int64, device="cpu")
         self.address = self.header.data_ptr()

@@ -15,7 +15,7 @@ class Packed24:
         (n, b), self.k = indices.shape, in_features
         self.n, self.count = n, -(-n // PANEL)
         self.padded_k, missing = 8 * b, -n % PANEL
-        self.ones = None if values.dtype == torch.int8 else torch.ones(n, device="cpu")
+        self.ones = None if values.dtype == torch.int8 else torch.ones(n, dtype=torch.float32, device="cpu")
         # per output and step of 8 inputs the four values of its two groups, and their places
         four = pad(ordered(values).view(n, b, 4), (0, 0, 0, 0, 0, missing)).view(-1, PANEL, b, 4)
         where = pad(places(indices).view(n, b, 4), (0, 0, 0, 0, 0, missing)).view(-1, 4, 16, b, 4)

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import threads
 from .calling import OWN, packed
 from .engine import kernel
-from .pointers import bits_of, i64, load, stack, store
+from .pointers import bits_of, i32, i64, load, stack, store
 
 WORDS = 64
 HEADER = (
@@ -140,12 +140,12 @@ def _build_settled():
 
 def _build_changed():
     def changed(block, arguments, count, result):
-        false, true, entries, watched, version, moved = (
+        false, true, entries, watched, version, moved, samples = (
             load(i64(block), 0), load(i64(block), 1), load(i64(block), 2), load(i64(block), 3), load(i64(block), 4),
-            load(i64(block), 5),
+            load(i64(block), 5), load(i64(block), 6),
         )  # fmt: skip
         place = _small_memory()
-        at = block + 48
+        at = block + 56
         same = True
         for _ in range(entries):
             same = same and _find(load(i64(at), 0), load(i64(at), 1)) == load(i64(at), 2)
@@ -156,6 +156,11 @@ def _build_changed():
         for _ in range(moved):
             same = same and _data(load(i64(at), 0), place) == 0 and load(i64(place), 0) == load(i64(at), 1)
             at += 16
+        if same:
+            # their memory is where it was
+            for _ in range(samples):
+                same = same and load(i32(load(i64(at), 0)), 0) == load(i64(at), 1)
+                at += 16
         answer = false if same and version == 0 else true
         _keep(answer)
         store(i64(result), 0, answer)
@@ -242,8 +247,10 @@ def changed(
     watched: Sequence[Tensor],
     version: int,
     moved: Sequence[tuple[Tensor, int]],
+    samples: Sequence[tuple[int, int]],
 ) -> Callable[[], bool] | None:
-    """Whether a table gives another tensor for a key, ``watched`` have been written to, or ``moved`` lie elsewhere.
+    """Whether a table gives another tensor for a key, ``watched`` have been written to, ``moved`` lie elsewhere, or at
+    an address another int32 stands than the one that ``samples`` has for it.
 
     The caller keeps alive all that is named here.
     """
@@ -251,12 +258,14 @@ def changed(
     if found is None:
         return None
     at, _, _, make = found
-    block = [id(False), id(True), len(entries), len(watched), version, len(moved)]
+    block = [id(False), id(True), len(entries), len(watched), version, len(moved), len(samples)]
     for table, key, tensor in entries:
         block += id(table), id(key), 0 if tensor is None and key not in table else id(tensor)
     block += [id(t) + at for t in watched]
     for t, address in moved:
         block += id(t) + at, address
+    for sample in samples:
+        block += sample
     made: Callable[[], bool] = make(_bytes(block))
     return made
 
@@ -278,7 +287,7 @@ def _found() -> tuple[int, tuple[int, int], Any, Any] | None:
 
 
 def _tensor_at() -> int | None:
-    tensor = torch.empty(1, device="cpu")
+    tensor = torch.empty(1, dtype=torch.float32, device="cpu")
     for at in (16, 24):
         words = ctypes.cast(id(tensor) + at, ctypes.POINTER(ctypes.c_uint64))
         if words[0] == tensor._cdata:
@@ -287,7 +296,7 @@ def _tensor_at() -> int | None:
 
 
 def _keys() -> tuple[int, int] | None:
-    tensor = torch.empty(1, device="cpu")
+    tensor = torch.empty(1, dtype=torch.float32, device="cpu")
     both = tensor, tensor._neg_view()
     plain, negated = (torch._C._dispatch_keys(t).raw_repr() for t in both)
     words = [ctypes.cast(t._cdata, ctypes.POINTER(ctypes.c_uint64)) for t in both]

@@ -85,7 +85,10 @@ class Stored:
         self.n = starts.numel() - 1
         self.values = values.contiguous() if values.dtype == torch.int8 else values.float().contiguous()
         self.columns, self.starts = columns.contiguous(), starts.clone()
-        self.ones, self.zeros = torch.ones(self.n, device="cpu"), torch.zeros(self.n, device="cpu")
+        self.ones, self.zeros = (
+            torch.ones(self.n, dtype=torch.float32, device="cpu"),
+            torch.zeros(self.n, dtype=torch.float32, device="cpu"),
+        )
         self.addresses = self.starts.data_ptr(), self.values.data_ptr(), self.columns.data_ptr()
         self.work = int(starts[-1])
 
