@@ -43,7 +43,7 @@ class Guided:
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.is_other, self.changed = (lambda: True), (lambda: True)
+        self.watch, self.is_other, self.changed = chain.shortcut.watch, (lambda: True), (lambda: True)
         self.weights: list[Tensor | None] = []
         self.kernels: dict[tuple[int, ...], Any] = {}
         self.device: torch.device | None = None
@@ -59,8 +59,8 @@ class Guided:
     def kernel(self, inputs: tuple[Tensor, ...]) -> Any:
         """The network that gives its gradient as well, as the numbers are now; None where there is none."""
         if self.is_other():
-            self.kernels, self.is_other = {}, self.chain.shortcut.look().is_other()
-            self.device = self.chain.device()
+            self.kernels, self.watch = {}, self.chain.shortcut.look()
+            self.is_other, self.device = self.watch.is_other(), self.chain.device()
         leading = inputs[0].shape[:-1]
         for x in inputs:
             if x.shape[:-1] != leading or x.numel() == 0:
@@ -71,6 +71,7 @@ class Guided:
         if widths not in self.kernels:
             found = self.network(widths, running.on_gpu(inputs[0]))
             self.kernels[widths] = found and found.gradient()
+            self.is_other = self.watch.is_other(getattr(found, "changed", None))
         return self.kernels[widths]
 
     def network(self, widths: tuple[int, ...], gpu: bool) -> Any:

@@ -87,8 +87,8 @@ class Watch:
     def _counted(self, live: Set[int]) -> list[str]:
         return [name for name in self.versions if id(self.names[name]) not in live]
 
-    def is_other(self) -> Callable[[], bool]:
-        return self.function(f"def f(): return {self.changed()}")
+    def is_other(self, ask: Callable[..., Callable[[], bool] | None] | None = None) -> Callable[[], bool]:
+        return self.function(f"def f(): return {self.changed_by(ask, frozenset())}")
 
     def function(self, source: str, **names: Any) -> Callable[..., Any]:
         """The function ``f`` that the source defines."""

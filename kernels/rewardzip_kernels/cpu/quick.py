@@ -297,8 +297,11 @@ def _tensor_at() -> int | None:
 
 def _keys() -> tuple[int, int] | None:
     tensor = torch.empty(1, dtype=torch.float32, device="cpu")
-    both = tensor, tensor._neg_view()
-    plain, negated = (torch._C._dispatch_keys(t).raw_repr() for t in both)
+    try:
+        both = tensor, tensor._neg_view()
+        plain, negated = (torch._C._dispatch_keys(t).raw_repr() for t in both)
+    except AttributeError:
+        return None
     words = [ctypes.cast(t._cdata, ctypes.POINTER(ctypes.c_uint64)) for t in both]
     for i in range(24):
         if (words[0][i], words[1][i]) == (plain, negated):
