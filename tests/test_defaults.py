@@ -71,6 +71,13 @@ def test_networks(config, dtype, count, elsewhere):
             assert torch.equal(fast(*inputs), expected)
 
 
+def test_memory_to_work_in(elsewhere):
+    threads = pytest.importorskip("rewardzip_kernels.cpu.threads")
+    with elsewhere():
+        # more than any call of these tests has asked for
+        assert threads.scratch(1 << 24) != 0
+
+
 def test_gradients(elsewhere):
     model, (state, action) = trained().requires_grad_(False), rows(64).inputs
     x = state.requires_grad_(True)
