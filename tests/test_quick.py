@@ -15,9 +15,11 @@ import rewardzip as rz
 
 quick = pytest.importorskip("rewardzip_kernels.cpu.quick")
 
+from rewardzip import shortcut  # noqa: E402
 from rewardzip.nn.watch import samples  # noqa: E402
 from rewardzip_kernels.cpu.instruction_sets import choose  # noqa: E402
 from rewardzip_kernels.cpu.tile import PairsBFloat16  # noqa: E402
+from rewardzip_kernels.fused_mlp import network  # noqa: E402
 
 
 @pytest.fixture(params=["machine code", "python"])
@@ -267,6 +269,21 @@ def test_what_is_written_through_data_is_seen(name, count, form):
         # by torch's layers or by ours, which round bfloat16 at other places
         afresh = copy.deepcopy(fast)(x).double()
         assert (now.double() - afresh).norm() < 0.02 * afresh.norm()
+
+
+def test_numbers_written_before_every_call_are_not_packed(monkeypatch):
+    """That takes longer than torch's layers."""
+    fast, x, packed = LEARNING["a small net"](), torch.randn(1, 24), []
+    monkeypatch.setattr(shortcut, "network", lambda *given: packed.append(given) or network(*given))
+    fast(x)
+    assert len(packed) == 1
+    for _ in range(5):
+        for p in fast.parameters():
+            p.data.mul_(0.9)
+        fast(x)
+    assert len(packed) == 1
+    fast(x)
+    assert len(packed) == 2
 
 
 def test_what_another_process_writes_is_seen(form):
