@@ -313,6 +313,9 @@ def test_samples_lie_in_the_tensor():
             assert places or size < 4
     assert samples(torch.empty(0, 4)) == []
     assert samples(torch.empty(3, 4, device="meta")) == []
+    given_up = torch.randn(3, 4)
+    given_up.untyped_storage().resize_(0)
+    assert samples(given_up) == []
 
 
 @pytest.mark.parametrize("part", ["_tensor_at", "_keys"])

@@ -21,7 +21,8 @@ SAMPLES, GOLDEN = 16, 0.6180339887498949
 
 def samples(parameter: Tensor) -> list[c_int32]:
     """Some of the numbers of a parameter on a CPU, where they lie: writes through its ``data`` are not counted."""
-    if not parameter.is_cpu or parameter.numel() == 0:
+    # one whose memory was given up for a while, as sharding does, lies nowhere
+    if not parameter.is_cpu or parameter.numel() == 0 or parameter.data_ptr() == 0:
         return []
     steps = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
     count = (steps + 1) * parameter.element_size() // 4
